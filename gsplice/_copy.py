@@ -1,0 +1,60 @@
+"""``gsplice.copy``: any two ends, a count, and the number of bytes delivered."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Final
+
+from ._stats import counters
+from .endpoints import File
+from .recognise import NotOurs, sink, source, stream_socket
+from .transfer import Transfer, move
+
+_READ_SIZE: Final = 64 * 1024
+
+
+def copy(src: Any, dst: Any, count: int | None = None) -> int:
+    """Copy from *src* to *dst* until *src* ends, or *count* bytes; return the bytes delivered.
+
+    Either may be a socket, or a file object for reading or writing bytes: a file, a pipe, a
+    socket's ``makefile()``. What gsplice knows moves inside the kernel, the rest through ``recv``
+    or ``read`` and ``sendall`` or ``write``. Buffered bytes go first, files are left where the copy
+    stopped, sockets are left open.
+
+    Raises TypeError for an object that can neither be read nor written, and for a *count* that is
+    no whole number; ValueError for one below 0; and what reading and writing raise.
+    """
+    if count is not None:
+        if not isinstance(count, int):
+            raise TypeError(f"count must be a whole number of bytes or None, not {count!r}")
+        if count < 0:
+            raise ValueError(f"count must not be below 0, but is {count!r}")
+    read = _method(src, "src", "recv", "read")
+    write = _method(dst, "dst", "sendall", "write")
+    transfer = Transfer(count)
+    try:
+        one = stream_socket(src) if _is_socket(src) else source(src)
+        other = stream_socket(dst) if _is_socket(dst) else sink(dst)
+    except NotOurs as reason:
+        counters.fell_back(reason.args[0])
+    else:
+        if move(transfer, one, other) and not isinstance(one, File):
+            return transfer.delivered
+    while (asked := transfer.room(_READ_SIZE)) > 0 and (data := read(asked)):
+        view = memoryview(data)
+        while view:
+            written = write(view)
+            view = view[len(view) if written is None else written :]  # sendall() returns None
+        transfer.delivered += len(data)
+    return transfer.delivered
+
+
+def _is_socket(obj: Any) -> bool:
+    return hasattr(obj, "recv") and hasattr(obj, "sendall")
+
+
+def _method(obj: Any, name: str, of_socket: str, of_file: str) -> Callable[[Any], Any]:
+    method = getattr(obj, of_socket if _is_socket(obj) else of_file, None)
+    if method is None:
+        raise TypeError(f"{name} must be a socket or have {of_file}(); {obj!r} is neither")
+    return method  # type: ignore[no-any-return]

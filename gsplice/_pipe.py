@@ -1,0 +1,136 @@
+"""One pipe: the only owner of its two descriptors."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import weakref
+from collections import deque
+from collections.abc import Callable
+from typing import Final
+
+from gevent.monkey import get_original
+
+from ._linux import F_GETPIPE_SZ, F_SETPIPE_SZ, LINUX, fcntl
+from .config import CAPACITY_STEPS, DEFAULT_CAPACITY, settings
+
+#: Values of :attr:`Pipe.pending` that are no number of bytes.
+UNKNOWN: Final = -1
+IDLE: Final = -2
+
+# gevent's version defers the close to the hub. Bound as defaults below, for finalizers that run
+# while the interpreter takes the module apart.
+_close: Callable[[int], None] = get_original("os", "close")
+
+#: Every open pipe by its key; None while it is being made. ``len(alive)`` is how many there are.
+alive: Final[dict[int, weakref.ref[Pipe] | None]] = {}
+
+#: How often each closed pipe had been acquired, until somebody adds it up.
+closed_uses: Final[deque[int]] = deque()
+
+_keys = itertools.count()
+
+
+class Pipe:
+    """A pipe of the pool, both ends non-blocking and closed on exec.
+
+    Dropping the last reference closes it. Nothing here waits or takes a lock, so that may happen
+    in any thread and inside a garbage collection.
+    """
+
+    __slots__ = (
+        "__weakref__",
+        "_key",
+        "capacity",
+        "pending",
+        "read_fd",
+        "seen",
+        "uses",
+        "write_fd",
+    )
+
+    #: The descriptors; -1 once closed.
+    read_fd: int
+    write_fd: int
+    #: What the kernel granted, in bytes. How much fits depends on how it is cut, as socket data
+    #: takes a slot per segment: a full pipe may hold less or more.
+    capacity: int
+    #: Bytes known to be inside. 0 also means that the pipe may go back to the pool; UNKNOWN that a
+    #: fill is under way or was interrupted, or that the pipe is closed; IDLE that the pool has it.
+    pending: int
+    #: How often it has been acquired, and how often it had been when reclamation last looked.
+    uses: int
+    seen: int
+
+    def __init__(self, key: int, read_fd: int, write_fd: int) -> None:
+        self._key = key
+        self.read_fd = read_fd
+        self.write_fd = write_fd
+        self.capacity = 0
+        self.pending = 0
+        self.uses = 1
+        self.seen = 0
+        alive[key] = weakref.ref(self)
+
+    def close(
+        self,
+        _forget: Callable[..., object] = alive.pop,
+        _close: Callable[[int], None] = _close,
+        _closed_uses: deque[int] = closed_uses,
+    ) -> None:
+        """Close both ends, once: later calls, from whichever thread, do nothing.
+
+        What the pipe still holds is lost. Raises nothing: close(2) releases the descriptor of a
+        pipe whatever it returns.
+        """
+        if _forget(self._key, None) is None:
+            return
+        read_fd, write_fd = self.read_fd, self.write_fd
+        self.read_fd = self.write_fd = self.pending = UNKNOWN
+        _closed_uses.append(self.uses)
+        _close(read_fd)
+        _close(write_fd)
+
+    __del__ = close
+
+    def __repr__(self) -> str:
+        return (
+            f"<Pipe {self.read_fd}<-{self.write_fd} capacity={self.capacity} "
+            f"pending={self.pending} uses={self.uses}>"
+        )
+
+
+def reserve(limit: int) -> int | None:
+    """Return the key of a pipe to be made, or None when *limit* are open. Called under a lock."""
+    if len(alive) >= limit or not LINUX:
+        return None
+    key = next(_keys)
+    alive[key] = None
+    return key
+
+
+def make(key: int) -> Pipe | None:
+    """Open the pipe that *key* was reserved for; None, with the key given up, if there is none.
+
+    The kernel refuses with EMFILE, ENFILE or ENOMEM (pipe(2)), a sandbox with whatever it likes,
+    and a user whose pipe room is used up gets two slots (pipe(7)), which are not worth having.
+    """
+    try:
+        read_fd, write_fd = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        pipe = Pipe(key, read_fd, write_fd)
+    except OSError:
+        return None
+    finally:
+        if alive.get(key) is None:
+            alive.pop(key, None)
+    sizes = (size for most, size in CAPACITY_STEPS if len(alive) <= most)
+    wanted = min(settings.pipe_size, next(sizes, DEFAULT_CAPACITY))
+    try:
+        pipe.capacity = fcntl(write_fd, F_SETPIPE_SZ, wanted)
+    except OSError:  # EPERM: past the user's room; the pipe stays as it was made
+        pipe.capacity = fcntl(write_fd, F_GETPIPE_SZ)
+    if pipe.capacity < min(wanted, DEFAULT_CAPACITY):
+        pipe.uses = 0
+        pipe.close()
+        return None
+    return pipe

@@ -1,0 +1,179 @@
+"""``wsgi.file_wrapper`` for ``gevent.pywsgi``, and responses that go out by sendfile(2).
+
+gevent.pywsgi is not imported from here: it imports ssl, which must wait until
+``gevent.monkey.patch_all()`` has run.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from socket import IPPROTO_TCP
+from types import SimpleNamespace
+from typing import Any
+
+from ._linux import AF_UNIX
+from ._stats import counters
+from .endpoints import File, Socket
+from .recognise import NotOurs, regular_file, stream_socket
+from .transfer import Transfer, send_file
+
+_TCP_CORK = 3  # tcp(7), Linux 2.2
+
+#: Methods that a response goes through on its way to the socket: a handler that overrides one must
+#: see every byte.
+_WAY_OUT = ("write", "_write", "_sendall", "_write_with_headers")
+
+
+class FileWrapper:
+    """What ``environ['wsgi.file_wrapper']`` makes of a file (PEP 3333, Optional Platform-Specific
+    File Handling): an iterable of its pieces of *blksize* bytes, from where it stands.
+
+    A handler sends a plain file behind it without iterating. There is no length, because pywsgi
+    would take the number of pieces for it.
+    """
+
+    def __init__(self, filelike: Any, blksize: int = 8192) -> None:
+        self.filelike = filelike
+        self.blksize = blksize
+
+    def __iter__(self) -> FileWrapper:
+        return self
+
+    def __next__(self) -> bytes:
+        data: bytes = self.filelike.read(self.blksize)
+        if not data:
+            raise StopIteration
+        return data
+
+    def seekable(self) -> bool:
+        """Say whether :meth:`seek` and :meth:`tell` work."""
+        answer = getattr(self.filelike, "seekable", None)
+        return bool(answer()) if answer is not None else hasattr(self.filelike, "seek")
+
+    def seek(self, *args: int) -> Any:
+        """Move the file, as its own ``seek`` does."""
+        return self.filelike.seek(*args)
+
+    def tell(self) -> Any:
+        """Return where the file stands."""
+        return self.filelike.tell()
+
+    def close(self) -> None:
+        """Close the file, if it can be closed."""
+        close = getattr(self.filelike, "close", None)
+        if close is not None:
+            close()
+
+
+def replacements(handler_class: Any) -> SimpleNamespace:
+    """Return the replacements for the methods of *handler_class*, ``gevent.pywsgi.WSGIHandler``."""
+    original_get_environ: Callable[[Any], dict[str, Any]] = handler_class.get_environ
+    original_process_result: Callable[[Any], None] = handler_class.process_result
+
+    def get_environ(self: Any) -> dict[str, Any]:
+        environ = original_get_environ(self)
+        environ.setdefault("wsgi.file_wrapper", FileWrapper)
+        return environ
+
+    def process_result(self: Any) -> None:
+        if _is_file_wrapper(self.result):
+            try:
+                response = _FileResponse(self, handler_class)
+            except NotOurs as reason:
+                counters.fell_back(reason.args[0])
+            else:
+                response.send()
+                return
+        original_process_result(self)
+
+    for replacement in (get_environ, process_result):
+        original = getattr(handler_class, replacement.__name__)
+        replacement.__doc__ = original.__doc__
+        replacement.__qualname__ = original.__qualname__
+    return SimpleNamespace(
+        __implements__=["get_environ", "process_result"],
+        get_environ=get_environ,
+        process_result=process_result,
+    )
+
+
+def _is_file_wrapper(result: object) -> bool:
+    gunicorn = sys.modules.get("gunicorn.http.wsgi")
+    return type(result) is FileWrapper or (
+        gunicorn is not None and type(result) is gunicorn.FileWrapper
+    )
+
+
+class _FileResponse:
+    """A response whose body is a plain file. Making one raises NotOurs if it is anything else."""
+
+    __slots__ = ("_dst", "_handler", "_length", "_src")
+
+    def __init__(self, handler: Any, handler_class: Any) -> None:
+        overridden = any(
+            getattr(type(handler), name) is not getattr(handler_class, name) for name in _WAY_OUT
+        )
+        if overridden or not handler.status or handler.headers_sent:
+            raise NotOurs("response")
+        if handler.code < 200 or handler.code in (204, 304):
+            raise NotOurs("response")  # none of these may have a body
+        headers = {name.lower() for name, _ in handler.response_headers}
+        if b"transfer-encoding" in headers:
+            raise NotOurs("response")
+        self._handler = handler
+        self._dst: Socket = stream_socket(handler.socket)
+        self._src: File = regular_file(handler.result.filelike)
+        self._src.offset = self._src.obj.tell()
+        self._length = self._declare_length()
+
+    def _declare_length(self) -> int:
+        """Return the length that the headers declare: the application's, or that of the file."""
+        handler = self._handler
+        declared = handler.provided_content_length
+        if declared is None:
+            if not self._src.status.st_size:
+                raise NotOurs(
+                    "small"
+                )  # nothing, or a file that does not know its size, as in /proc
+            length = max(0, self._src.status.st_size - self._src.offset)
+            handler.provided_content_length = str(length)
+            handler.response_headers.append((b"Content-Length", b"%d" % length))
+            return length
+        if not (declared.isascii() and declared.isdigit()):
+            raise NotOurs("response")
+        return int(declared)
+
+    def send(self) -> None:
+        """Send headers and body so that a small response is one segment.
+
+        On exit the body is sent as far as the file went; if that is short of the declared length,
+        the connection will be closed, since the client can't tell otherwise where the next response
+        starts. Lets out what sending and reading raise, noted in the handler as its own sends are.
+        """
+        handler = self._handler
+        tcp = handler.socket.family != AF_UNIX
+        if tcp:
+            handler.socket.setsockopt(IPPROTO_TCP, _TCP_CORK, 1)
+        try:
+            handler.write(b"")  # the headers
+            if self._length and handler.command != "HEAD":
+                self._send_body()
+        finally:
+            if tcp and not handler.socket.closed:
+                handler.socket.setsockopt(IPPROTO_TCP, _TCP_CORK, 0)
+
+    def _send_body(self) -> None:
+        handler = self._handler
+        transfer = Transfer(self._length)
+        try:
+            send_file(transfer, self._src, self._dst)
+        except OSError as err:
+            handler.status = f"socket error: {err}"
+            if handler.code > 0:
+                handler.code = -handler.code
+            raise
+        finally:
+            handler.response_length += transfer.delivered
+        if transfer.delivered < self._length:
+            handler.close_connection = True

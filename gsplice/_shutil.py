@@ -1,0 +1,42 @@
+"""The replacement for ``shutil.copyfileobj``."""
+
+from __future__ import annotations
+
+import shutil
+from typing import Any, Final
+
+from ._stats import counters
+from .endpoints import File
+from .recognise import NotOurs, sink, source
+from .transfer import Transfer, move
+
+__implements__ = ["copyfileobj"]
+
+_original = shutil.copyfileobj
+
+#: The largest *length* taken: the original reads pieces of that size into memory, and fails where
+#: it can't.
+_MOST_LENGTH: Final = 1 << 30
+
+
+def copyfileobj(fsrc: Any, fdst: Any, length: int = 0) -> None:
+    """Copy from *fsrc*, where it stands, to *fdst*, where it stands, until *fsrc* ends.
+
+    Between regular files, files of plain gevent stream sockets (``makefile()``) and pipes the bytes
+    move inside the kernel, and waiting happens on the hub; anything else goes to the original.
+    *length*, a number of bytes, is the original's size of a piece and makes no difference then.
+    Both objects are left where the copy stopped, also on an error.
+
+    Raises what reading from *fsrc* and writing to *fdst* raise.
+    """
+    try:
+        if length and not (type(length) is int and -1 <= length <= _MOST_LENGTH):
+            raise NotOurs("arguments")
+        src, dst = source(fsrc), sink(fdst)
+    except NotOurs as reason:
+        counters.fell_back(reason.args[0])
+    else:
+        # A file that is at its end may have grown since; a stream that has ended has ended.
+        if move(Transfer(), src, dst) and not isinstance(src, File):
+            return
+    _original(fsrc, fdst, length)

@@ -1,0 +1,121 @@
+"""Settings, and the policy of the pool with its reasons: the one place for both.
+
+A setting is read once, when gsplice is imported, from the environment variable named after it, and
+can be set in code before the first transfer::
+
+    from gsplice.config import settings
+    settings.max_pipes = 64
+
+``pipe_size`` (``GSPLICE_PIPE_SIZE``, 1048576)
+    Capacity asked for a new pipe, in bytes.
+``max_pipes`` (``GSPLICE_MAX_PIPES``, 256)
+    Most pipes open in the process; with 0, only transfers that need no pipe are taken.
+``max_idle_hub`` (``GSPLICE_MAX_IDLE_HUB``, 16)
+    Most idle pipes that one hub keeps for itself.
+``max_idle`` (``GSPLICE_MAX_IDLE``, 64)
+    Most idle pipes in the list that all hubs share.
+``offload`` (``GSPLICE_OFFLOAD``, auto)
+    Whether disk waits go to a thread: ``auto``, ``never`` or ``always``. Checked and kept, but
+    this version waits for disks where the original function does.
+``patch_all`` (``GSPLICE_PATCH_ALL``, false)
+    Whether ``gevent.monkey.patch_all()`` also calls :func:`gsplice.patch_all`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from typing import Any, Final
+
+from gevent._config import validate_bool
+
+KiB: Final = 1024
+MiB: Final = 1024 * KiB
+
+#: Capacity of a new pipe by how many are open already: (up to this many pipes, at most this many
+#: bytes). An unprivileged user has 64 MiB of pipe room for all processes (``pipe-user-pages-soft``
+#: in pipe(7), Linux 4.5: 16,384 pages). Filled to ``max_pipes`` these steps take
+#: 16 x 1 MiB + 48 x 256 KiB + 192 x 64 KiB = 40 MiB of it.
+CAPACITY_STEPS: Final = ((16, 1 * MiB), (64, 256 * KiB))
+
+#: Past the last step a pipe has the kernel's default. One that is granted less has two slots (the
+#: user's room is used up) and is not used: two system calls for 8 KiB cost more than read and send.
+DEFAULT_CAPACITY: Final = 64 * KiB
+
+#: Idle pipes that reclamation leaves open, in the whole process: enough for a quiet server's next
+#: requests, two megabytes of pipe room at the most.
+LOW_WATER: Final = 4
+
+#: Seconds between two looks at the idle pipes while a hub runs. A pipe that was idle at two looks
+#: in a row and not used between them is closed, so idle pipes live 10 to 20 seconds.
+RECLAIM_PERIOD: Final = 10.0
+
+#: Most bytes that move between two chances for other greenlets. At the 5 GB/s seen on loopback this
+#: takes 0.4 ms; giving way costs 2 us.
+PIECE: Final = 2 * MiB
+
+#: A file with no more than this left goes by one read and one send: as fast as sendfile(2) up to
+#: here (benchmarks/file_to_socket.py), and nothing about it can surprise.
+SMALL: Final = 8 * KiB
+
+OFFLOAD_POLICIES: Final = ("auto", "never", "always")
+
+
+def _whole_number(name: str, value: object) -> int:
+    try:
+        number = int(value) if isinstance(value, (int, str)) else -1
+    except ValueError:
+        number = -1
+    if number < 0 or isinstance(value, bool):
+        raise ValueError(f"{name} must be a whole number from 0 up, not {value!r}")
+    return number
+
+
+def _policy(name: str, value: object) -> str:
+    if value not in OFFLOAD_POLICIES:
+        raise ValueError(f"{name} must be one of {', '.join(OFFLOAD_POLICIES)}, not {value!r}")
+    return str(value)
+
+
+def _boolean(name: str, value: object) -> bool:
+    """Follow gevent's own rule for booleans (yes, true, on, 1, no, false, off, 0)."""
+    try:
+        return bool(validate_bool(value) if isinstance(value, str) else value)
+    except ValueError:
+        raise ValueError(f"{name} must be true or false, not {value!r}") from None
+
+
+class Settings:
+    """What can be set; see the table at the top of this module.
+
+    Assigning a value that makes no sense raises :class:`ValueError`, saying which and why.
+    """
+
+    pipe_size: int
+    max_pipes: int
+    max_idle_hub: int
+    max_idle: int
+    offload: str
+    patch_all: bool
+
+    _checks: Mapping[str, tuple[Callable[[str, object], Any], object]] = {
+        "pipe_size": (_whole_number, 1 * MiB),
+        "max_pipes": (_whole_number, 256),
+        "max_idle_hub": (_whole_number, 16),
+        "max_idle": (_whole_number, 64),
+        "offload": (_policy, "auto"),
+        "patch_all": (_boolean, False),
+    }
+
+    def __init__(self, environ: Mapping[str, str]) -> None:
+        for name, (check, default) in self._checks.items():
+            variable = f"GSPLICE_{name.upper()}"
+            self.__dict__[name] = check(variable, environ.get(variable, default))
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if name not in self._checks:
+            raise AttributeError(f"gsplice has no setting {name!r}; see gsplice.config")
+        self.__dict__[name] = self._checks[name][0](name, value)
+
+
+settings: Final = Settings(os.environ)

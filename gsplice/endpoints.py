@@ -1,0 +1,204 @@
+"""The three kinds of end a transfer can have: a regular file, a stream socket, a pipe.
+
+An endpoint answers four questions: which descriptor (asked for again after every wait, since
+another greenlet may have closed it and its number may be someone else's now), how to wait for it,
+what the object has buffered, and how to leave the object when the kernel has moved bytes behind
+its back. What an object really is, :mod:`gsplice.recognise` finds out.
+"""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+from collections.abc import Callable
+from typing import Any
+
+from gevent import socket as gsocket
+
+
+class File:
+    """A regular file. The kernel reads at :attr:`offset` and writes where the descriptor stands."""
+
+    __slots__ = ("obj", "offset", "raw", "status")
+
+    def __init__(self, obj: Any, raw: Any, status: os.stat_result) -> None:
+        self.obj = obj
+        self.raw = raw
+        self.offset = 0
+        #: What fstat(2) said when the file was handed in.
+        self.status = status
+
+    def fileno(self) -> int:
+        """Return the descriptor. Raises ValueError when the file has been closed."""
+        return _fileno(self.raw)
+
+    def size(self) -> int:
+        """Return the size in bytes at this moment."""
+        return os.fstat(self.fileno()).st_size
+
+    def is_same_file(self, other: File) -> bool:
+        """Say whether *other* is the same file on disk."""
+        return os.path.samestat(self.status, other.status)
+
+    def ahead(self) -> int:
+        """Return how many bytes the object has read ahead of where it stands: they go first."""
+        if self.obj is self.raw:
+            return 0
+        if type(self.obj) is io.BufferedRandom:
+            self.obj.flush()  # it may hold writes as well; then it stands where its descriptor does
+            return 0
+        return os.lseek(self.fileno(), 0, os.SEEK_CUR) - self.obj.tell()  # type: ignore[no-any-return]
+
+    def read_ahead(self, most: int | None) -> bytes:
+        """Take what the object has read ahead, *most* bytes of it, and start where it stands."""
+        ahead = self.ahead()
+        data: bytes = self.obj.read(ahead if most is None else min(ahead, most)) if ahead else b""
+        self.offset = self.obj.tell()
+        return data
+
+    def flush(self) -> None:
+        """Write out what the object has buffered, so that the descriptor stands where it stands."""
+        if self.obj is not self.raw:
+            self.obj.flush()
+
+    def leave_source(self) -> None:
+        """Make the object stand after the last byte delivered."""
+        if not self.obj.closed:
+            self.obj.seek(self.offset)
+
+    def leave_sink(self) -> None:
+        """Make the object stand where the descriptor stands."""
+        if not self.obj.closed:
+            self.obj.seek(os.lseek(self.fileno(), 0, os.SEEK_CUR))
+
+    def write(self, data: bytes) -> None:
+        """Write *data* the ordinary way, all of it."""
+        self.leave_sink()
+        _write_all(self.obj, data)
+
+    def wait_read(self) -> None:
+        """Do nothing: a regular file is always ready."""
+
+    wait_write = wait_read
+
+
+class _Stream:
+    """What a socket and a pipe have in common: there is no position to keep."""
+
+    __slots__ = ("obj", "raw")
+
+    def __init__(self, obj: Any, raw: Any) -> None:
+        self.obj = obj
+        self.raw = raw
+
+    def read_ahead(self, most: int | None) -> bytes:
+        """Take what the object has read ahead, *most* bytes of it.
+
+        A buffer that is empty reads once to answer, so this may wait; b"" may be end of file, which
+        the next read meets again.
+        """
+        if self.obj is self.raw:
+            return b""
+        data: bytes = self.obj.peek(1)
+        if most is not None:
+            data = data[:most]
+        return self.obj.read(len(data))  # type: ignore[no-any-return]
+
+    def flush(self) -> None:
+        """Write out what the object has buffered."""
+        if self.obj is not self.raw:
+            self.obj.flush()
+
+    def write(self, data: bytes) -> None:
+        """Write all of *data* the ordinary way."""
+        _write_all(self.obj, data)
+
+    def leave_source(self) -> None:
+        """Do nothing: a stream has no position."""
+
+    leave_sink = leave_source
+
+
+class Socket(_Stream):
+    """A connected stream socket: bare, or behind the raw file that ``makefile()`` made for it."""
+
+    __slots__ = ("sock",)
+
+    def __init__(self, obj: Any, raw: Any, sock: Any) -> None:
+        super().__init__(obj, raw)
+        self.sock = sock
+
+    def fileno(self) -> int:
+        """Return the descriptor; -1 if the socket was closed, and the system call says EBADF.
+
+        Raises ValueError when the socket's file was closed, as reading from it would.
+        """
+        if self.raw is not None and self.raw.closed:
+            raise ValueError("I/O operation on closed file.")
+        return self.sock.fileno()  # type: ignore[no-any-return]
+
+    def write(self, data: bytes) -> None:
+        """Send all of *data* the ordinary way."""
+        if self.obj is None:
+            self.sock.sendall(data)
+        else:
+            super().write(data)
+
+    def wait_read(self) -> None:
+        """Wait as recv() would, with the socket's own watcher and timeout."""
+        try:
+            self.sock._wait(self.sock._read_event)
+        except TimeoutError:
+            if self.raw is not None:
+                self.raw._timeout_occurred = True  # as SocketIO.readinto does: no further reads
+            raise
+
+    def wait_write(self) -> None:
+        """Wait as send() would, with the socket's own watcher and timeout."""
+        self.sock._wait(self.sock._write_event)
+
+
+class Pipe(_Stream):
+    """One end of a pipe that is the caller's own, never one of the pool's."""
+
+    __slots__ = ()
+
+    def fileno(self) -> int:
+        """Return the descriptor. Raises ValueError when the file has been closed."""
+        return _fileno(self.raw)
+
+    def wait_read(self) -> None:
+        """Wait until the pipe has bytes, or has lost its last writer."""
+        self._wait("_read_watcher", gsocket.wait_read)
+
+    def wait_write(self) -> None:
+        """Wait until the pipe has room, or has lost its last reader."""
+        self._wait("_write_watcher", gsocket.wait_write)
+
+    def _wait(self, watcher: str, wait: Callable[[int], None]) -> None:
+        fd = self.fileno()
+        if isinstance(self.raw, io.FileIO):
+            wait(fd)
+        else:  # gevent's own: waiting as its read() does lets a close wake us
+            gsocket.wait(getattr(self.raw, watcher), None, None, self.raw.hub)
+
+
+Endpoint = File | Socket | Pipe
+
+
+def _fileno(raw: Any) -> int:
+    if raw.closed:
+        raise ValueError("I/O operation on closed file.")
+    return raw.fileno()  # type: ignore[no-any-return]
+
+
+def _write_all(obj: Any, data: bytes) -> None:
+    """Write all of *data*; a raw file may take less than it is given."""
+    view = memoryview(data)
+    while view:
+        written = obj.write(view)
+        if written is None:
+            raise BlockingIOError(errno.EAGAIN, "the destination has become non-blocking")
+        view = view[written:]
+    obj.flush()

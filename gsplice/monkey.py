@@ -1,0 +1,182 @@
+"""Which names are replaced, and putting them back.
+
+Built on :func:`gevent.monkey.patch_module`, so that ``gevent.monkey.get_original('shutil',
+'copyfileobj')`` and ``is_object_patched`` tell the truth, and gevent's subscribers are asked. The
+methods of a class are patched the same way: gevent keeps their originals under the class's full
+name, ``get_original('gevent._socket3.socket', 'sendfile')``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib.abc
+import importlib.util
+import os
+import shutil as stdlib_shutil
+import sys
+from collections.abc import Mapping, Sequence
+from importlib.machinery import ModuleSpec
+from types import MappingProxyType, ModuleType
+from typing import Any, Final
+
+import gevent.monkey
+from gevent.socket import socket as GeventSocket
+
+from . import _pywsgi, _shutil, _socket
+from ._linux import LINUX
+
+_PYWSGI: Final = "gevent.pywsgi"
+
+
+@dataclasses.dataclass(frozen=True)
+class PatchResult:
+    """What :func:`patch_all` did: true if anything is patched now."""
+
+    #: The names that are patched now, whether by this call or an earlier one.
+    patched: tuple[str, ...]
+    #: The names that are not, each with the reason.
+    not_patched: Mapping[str, str]
+
+    def __bool__(self) -> bool:
+        return bool(self.patched)
+
+    def __str__(self) -> str:
+        done = f"patched: {', '.join(self.patched) or 'nothing'}"
+        left = (f"{name} ({reason})" for name, reason in self.not_patched.items())
+        return "; not patched: ".join([done, *([", ".join(left)] if self.not_patched else [])])
+
+
+def patch_all(*, socket: bool = True, shutil: bool = True, pywsgi: bool = True) -> PatchResult:
+    """Replace the names that gsplice has a faster way for; say which, and why not the others.
+
+    *socket*: ``sendfile`` of gevent's socket class. *shutil*: ``shutil.copyfileobj``. *pywsgi*:
+    ``wsgi.file_wrapper`` and file responses of ``gevent.pywsgi``, as soon as that is imported.
+
+    Call it at startup, before or after ``gevent.monkey.patch_all()``; calling it again patches only
+    what is not patched yet. It creates no hub and no thread. Where the kernel or a sandbox refuses
+    splice(2), and elsewhere than on Linux, it changes nothing. Raises nothing of its own.
+    """
+    refusal = _refusal()
+    not_patched: dict[str, str] = {}
+    for name, wanted in (("socket", socket), ("shutil", shutil), ("pywsgi", pywsgi)):
+        if not wanted:
+            reason = None if _patched.get(name) else "not asked for"
+        elif refusal is not None:
+            reason = refusal
+        else:
+            reason = None if name in _patched else _patch(name)
+        if reason is not None:
+            not_patched.update(dict.fromkeys(_NAMES[name], reason))
+    patched = tuple(label for name in _patched for label in _NAMES[name])
+    return PatchResult(patched, MappingProxyType(not_patched))
+
+
+def unpatch_all() -> None:
+    """Put every original back, as if :func:`patch_all` had never been called.
+
+    A name that something else has wrapped since gets its original back all the same.
+    """
+    _watcher.stop()
+    for target, names in _patched.values():
+        saved = gevent.monkey.saved[target.__name__]
+        for name in names:
+            setattr(target, name, saved.pop(name))
+        if not saved:
+            del gevent.monkey.saved[target.__name__]
+    _patched.clear()
+
+
+_NAMES: Final = {
+    "socket": ("socket.sendfile", "socket._sendfile_use_sendfile"),
+    "shutil": ("shutil.copyfileobj",),
+    "pywsgi": ("pywsgi.WSGIHandler.get_environ", "pywsgi.WSGIHandler.process_result"),
+}
+
+#: What is patched: where, and which names.
+_patched: Final[dict[str, tuple[ModuleType, list[str]]]] = {}
+
+
+class _ClassAsModule(ModuleType):
+    """A class, in the clothes that gevent's patching of modules expects."""
+
+    def __init__(self, cls: type) -> None:
+        super().__init__(f"{cls.__module__}.{cls.__qualname__}")
+        self.__dict__["_cls"] = cls
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._cls, name)
+
+    def __setattr__(self, name: str, value: object) -> None:
+        setattr(self._cls, name, value)
+
+
+def _patch(name: str) -> str | None:
+    """Patch *name* now, or have it patched when its module comes; return why it is not patched."""
+    target: ModuleType
+    source: Any
+    if name == "socket":
+        target, source = _ClassAsModule(GeventSocket), _socket
+    elif name == "shutil":
+        target, source = stdlib_shutil, _shutil
+    elif _PYWSGI in sys.modules:
+        handler_class = sys.modules[_PYWSGI].WSGIHandler
+        target, source = _ClassAsModule(handler_class), _pywsgi.replacements(handler_class)
+    else:
+        _watcher.start()
+        return f"will be when {_PYWSGI} is imported"
+    if not gevent.monkey.patch_module(target, source):
+        return "a subscriber to gevent's patching events forbade it"
+    _patched[name] = target, source.__implements__
+    return None
+
+
+class _PywsgiWatcher(importlib.abc.MetaPathFinder):
+    """Patches gevent.pywsgi as soon as somebody else has imported it."""
+
+    def start(self) -> None:
+        if self not in sys.meta_path:
+            sys.meta_path.insert(0, self)
+
+    def stop(self) -> None:
+        if self in sys.meta_path:
+            sys.meta_path.remove(self)
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if fullname != _PYWSGI:
+            return None
+        self.stop()
+        spec = importlib.util.find_spec(fullname)
+        if spec is not None and spec.loader is not None:
+            execute = spec.loader.exec_module
+
+            def execute_and_patch(module: ModuleType) -> None:
+                execute(module)
+                _patch("pywsgi")
+
+            spec.loader.exec_module = execute_and_patch  # type: ignore[method-assign]
+        return spec
+
+
+_watcher: Final = _PywsgiWatcher()
+
+
+@functools.cache
+def _refusal() -> str | None:
+    """Return why nothing can be spliced here, None if something can. Asks the kernel once."""
+    if not LINUX:
+        return "needs splice(2), which only Linux has"
+    fds: list[int] = []
+    try:
+        fds += os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        fds += os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        os.write(fds[1], b"?")
+        os.splice(fds[0], fds[3], 1)
+    except OSError as err:
+        return f"splice(2) is refused here: {err.strerror}"
+    finally:
+        for fd in fds:
+            os.close(fd)
+    return None

@@ -1,0 +1,234 @@
+"""What an object handed in really is, or why it is not for us.
+
+Only exact types are taken, because ``fileno()`` proves nothing: a ``GzipFile`` has one that leads
+to other bytes, a subclass may override ``read``, an instance may carry its own. An object is one
+or two layers of :mod:`io` (a buffer over a raw file), perhaps inside a wrapper that only delegates;
+each layer is checked. Nothing is imported to recognise a type: as long as nobody has imported the
+module that defines it, no object of it exists.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import socket as stdlib_socket
+import stat
+import sys
+from socket import AF_INET, AF_INET6, SOCK_STREAM
+from typing import Any, Final
+
+from gevent._hub_local import get_hub_if_exists
+from gevent.socket import socket as GeventSocket
+from greenlet import getcurrent
+
+from ._linux import AF_UNIX, F_GETFL, LINUX, fcntl
+from .endpoints import Endpoint, File, Pipe, Socket
+
+SocketIO: Any = stdlib_socket.SocketIO  # with its private attributes
+
+_BUFFER: Final = "buffer"
+_RAW: Final = "raw"
+
+#: The types taken, as a buffer, a raw file, or a wrapper (then: where it keeps what it wraps).
+_known: Final[dict[type, str]] = {
+    io.BufferedReader: _BUFFER,
+    io.BufferedWriter: _BUFFER,
+    io.BufferedRandom: _BUFFER,
+    io.FileIO: _RAW,
+    SocketIO: _RAW,
+}
+
+#: The same for types that are looked up by name, when an object of that name comes along.
+_BY_NAME: Final = {
+    ("gevent._fileobjectposix", "GreenFileDescriptorIO"): _RAW,
+    ("gevent._fileobjectcommon", "FileIO"): _RAW,
+    ("gevent._fileobjectposix", "FileObjectPosix"): "io",
+    ("gevent._fileobjectcommon", "FileObjectBlock"): "io",
+    ("tempfile", "_TemporaryFileWrapper"): "file",
+}
+
+#: An instance that has one of these in its own dictionary does not do what its type does.
+_FILE_METHODS: Final = frozenset(
+    {
+        "read",
+        "read1",
+        "readinto",
+        "readinto1",
+        "readall",
+        "peek",
+        "write",
+        "seek",
+        "tell",
+        "flush",
+        "fileno",
+    }
+)
+_SOCKET_METHODS: Final = frozenset(
+    {
+        "send",
+        "sendall",
+        "sendmsg",
+        "sendto",
+        "recv",
+        "recv_into",
+        "recvfrom",
+        "recvfrom_into",
+        "recvmsg",
+        "recvmsg_into",
+        "_sendfile_use_send",
+        "_check_sendfile_params",
+        "_wait",
+        "fileno",
+        "gettimeout",
+        "timeout",
+        "type",
+        "__getattr__",
+        "__getattribute__",
+    }
+)
+
+_FAMILIES: Final = frozenset({AF_INET, AF_INET6, AF_UNIX})
+
+
+class NotOurs(Exception):
+    """The original function's business; ``args[0]`` is the reason, as it is counted."""
+
+
+def source(obj: Any) -> Endpoint:
+    """Return the end that *obj* reads from. Raises NotOurs."""
+    buffer, raw = _layers(obj, "source_type")
+    if not raw.readable():
+        raise NotOurs("source_type")
+    if type(raw) is SocketIO and raw._timeout_occurred:
+        raise NotOurs("timed_out")  # it refuses every further read
+    return _endpoint(buffer, raw, "source_type")
+
+
+def sink(obj: Any) -> Endpoint:
+    """Return the end that *obj* writes to. Raises NotOurs."""
+    buffer, raw = _layers(obj, "destination_type")
+    if not raw.writable():
+        raise NotOurs("destination_type")
+    end = _endpoint(buffer, raw, "destination_type")
+    if type(end) is File and fcntl(end.fileno(), F_GETFL) & os.O_APPEND:
+        raise NotOurs("append")  # splice(2): EINVAL
+    return end
+
+
+def regular_file(obj: Any) -> File:
+    """Return *obj* as a regular file to read from. Raises NotOurs."""
+    end = source(obj)
+    if type(end) is not File:
+        raise NotOurs("source_type")
+    return end
+
+
+def stream_socket(sock: Any) -> Socket:
+    """Return *sock*, the socket object itself, as an end. Raises NotOurs."""
+    _check_socket(sock)
+    return Socket(None, None, sock)
+
+
+def _layers(obj: Any, reason: str) -> tuple[Any, Any]:
+    """Return the buffer (or the raw file, if it has none) and the raw file that *obj* is."""
+    role = _role(type(obj)) if LINUX else None
+    if role not in (_BUFFER, _RAW, None):
+        obj = _unwrap(obj, role, reason)
+        role = _role(type(obj))
+    raw = obj
+    if role is _BUFFER:
+        if not _FILE_METHODS.isdisjoint(obj.__dict__):
+            raise NotOurs(reason)
+        try:
+            raw = obj.raw
+        except ValueError:
+            raise NotOurs("closed") from None  # detached
+        role = _role(type(raw))
+    if role is not _RAW or not _FILE_METHODS.isdisjoint(raw.__dict__):
+        raise NotOurs(reason)
+    if raw.closed:
+        raise NotOurs("closed")
+    return obj, raw
+
+
+def _role(cls: type) -> str | None:
+    role = _known.get(cls)
+    if role is None:
+        role = _BY_NAME.get((cls.__module__, cls.__name__))
+        if role is not None:
+            if getattr(sys.modules.get(cls.__module__), cls.__name__, None) is not cls:
+                return None
+            _known[cls] = role
+    return role
+
+
+def _unwrap(obj: Any, attribute: str, reason: str) -> Any:
+    """Return what the wrapper *obj* delegates to, if all it does is delegate."""
+    inner = getattr(obj, attribute)
+    for name in _FILE_METHODS & obj.__dict__.keys():
+        method, behind = obj.__dict__[name], getattr(inner, name, None)
+        if method != behind and not _is_tempfile_closure(type(obj), method, behind):
+            raise NotOurs(reason)
+    return inner
+
+
+def _is_tempfile_closure(cls: Any, method: Any, behind: Any) -> bool:
+    """Say whether *method* is the closure that tempfile's wrapper keeps around *behind*."""
+    return (
+        cls.__module__ == "tempfile"
+        and getattr(method, "__code__", None) in cls.__getattr__.__code__.co_consts
+        and method.__wrapped__ == behind
+    )
+
+
+def _endpoint(buffer: Any, raw: Any, reason: str) -> Endpoint:
+    if type(raw) is SocketIO:
+        _check_socket(raw._sock)
+        return Socket(buffer, raw, raw._sock)
+    try:
+        status = os.fstat(raw.fileno())
+    except OSError:
+        raise NotOurs("closed") from None  # behind the object's back
+    if stat.S_ISREG(status.st_mode):
+        return File(buffer, raw, status)
+    if not stat.S_ISFIFO(status.st_mode):
+        raise NotOurs(reason)
+    hub = _own_hub()
+    if hub is None or getattr(raw, "hub", hub) is not hub:
+        raise NotOurs("other_hub")
+    if isinstance(raw, io.FileIO) and fcntl(raw.fileno(), F_GETFL) & os.O_NONBLOCK:
+        raise NotOurs("nonblocking")  # its read() answers None where a pipe is waited for
+    return Pipe(buffer, raw)
+
+
+def _own_hub() -> Any:
+    """Return the hub that this greenlet can wait on: None without one, and inside the hub."""
+    hub = get_hub_if_exists()
+    return None if hub is getcurrent() else hub
+
+
+def _check_socket(sock: Any) -> None:
+    """Pass if *sock* is a plain gevent stream socket that this greenlet can wait for."""
+    if not LINUX or (type(sock) is not GeventSocket and not _changes_nothing(sock)):
+        raise NotOurs("socket_type")
+    native = sock._sock
+    fileno = native.fileno()
+    if fileno < 0:
+        raise NotOurs("closed")
+    if native.type != SOCK_STREAM or native.family not in _FAMILIES:
+        raise NotOurs("socket_type")  # splice(2) would lose the boundaries of messages
+    if sock.timeout == 0.0:
+        raise NotOurs("nonblocking")
+    if sock.hub is not _own_hub():
+        raise NotOurs("other_hub")
+    if not fcntl(fileno, F_GETFL) & os.O_NONBLOCK:
+        raise NotOurs("blocking")  # it would block in spite of SPLICE_F_NONBLOCK
+
+
+def _changes_nothing(sock: Any) -> bool:
+    """Say whether *sock* is of a subclass of gevent's socket that sends and receives like it."""
+    mro = type(sock).__mro__
+    if GeventSocket not in mro or not _SOCKET_METHODS.isdisjoint(getattr(sock, "__dict__", ())):
+        return False
+    added = mro[: mro.index(GeventSocket)]
+    return all(_SOCKET_METHODS.isdisjoint(cls.__dict__) for cls in added)

@@ -1,0 +1,322 @@
+"""The loops that move bytes between two ends: the only room that calls splice and its relatives.
+
+A loop ends in one of three ways. It returns True: the source has ended, or the limit is reached.
+It returns False: the kernel will not go on this way, everything taken in has been delivered, and
+the caller goes on another way. It raises: the ends' own errors (OSError, TimeoutError, ValueError
+for a file closed under way), and whatever is thrown into a greenlet that waits (GreenletExit,
+gevent.Timeout). In every case ``Transfer.delivered`` says how many bytes have arrived, and no pipe
+is lent any more.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable
+from typing import Any, Final
+
+import gevent
+from gevent._hub_local import get_hub_if_exists
+from greenlet import getcurrent
+
+from . import pipes
+from ._linux import SPLICE_FLAGS
+from ._stats import counters
+from .config import PIECE, SMALL
+from .endpoints import Endpoint, File, Pipe, Socket
+
+#: What the kernel, a filesystem or a sandbox answers when it will not move bytes between these two
+#: ends in this way. Any other error is the ends' own.
+_REFUSALS: Final = frozenset(
+    {errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM, errno.EXDEV, errno.ESPIPE}
+)
+
+
+class Transfer:
+    """One transfer: how much has been delivered, how much may still be, and whose it is."""
+
+    __slots__ = ("_process", "_since_switch", "delivered", "limit")
+
+    def __init__(self, limit: int | None = None) -> None:
+        #: Bytes delivered, and the most that may be; None: until the source ends.
+        self.delivered = 0
+        self.limit = limit
+        self._since_switch = 0
+        self._process = os.getpid()
+
+    def room(self, most: int) -> int:
+        """Return how many bytes may be asked for next, *most* at the most; 0 at the limit."""
+        return most if self.limit is None else min(most, self.limit - self.delivered)
+
+    def moved(self, number: int, counter: str) -> None:
+        """Note that *number* bytes have been delivered."""
+        if not self.delivered:
+            counters.add("transfers", 1)
+        self.delivered += number
+        self._since_switch += number
+        counters.add(counter, number)
+
+    def wait(self, wait: Callable[[], None]) -> None:
+        """Wait for an end to be ready. Lets out what the end's own wait raises."""
+        self._since_switch = 0
+        wait()
+        self.check_process()
+
+    def give_way(self) -> None:
+        """Let other greenlets run when PIECE bytes have moved since they last could."""
+        if self._since_switch >= PIECE:
+            self._since_switch = 0
+            hub = get_hub_if_exists()
+            if hub is not None and hub is not getcurrent():
+                gevent.sleep(0)
+                self.check_process()
+
+    def check_process(self) -> None:
+        """Raise in a forked child: the transfer, its descriptors and its peer are the parent's.
+
+        The process is asked for, because a handler that runs after the fork before ours may switch
+        to this greenlet.
+        """
+        if os.getpid() != self._process:
+            raise OSError(
+                errno.ECANCELED,
+                "transfer was under way in the parent process when this one was forked",
+            )
+
+
+def move(transfer: Transfer, src: Endpoint, dst: Endpoint) -> bool:
+    """Move from *src* to *dst* the way that suits the two, until *src* ends or the limit.
+
+    On entry neither object is used by anybody else. What *src* has read ahead and *dst* has not
+    written yet goes first. On exit both objects stand where the delivered bytes left them.
+    """
+    if isinstance(src, File) and (reason := _better_read(transfer, src, dst)):
+        counters.fell_back(reason)
+        return False
+    dst.flush()
+    ahead = src.read_ahead(transfer.limit)
+    if ahead:
+        dst.write(ahead)
+        transfer.moved(len(ahead), "bytes_copied")
+    try:
+        done = _way(src, dst)(transfer, src, dst)
+    finally:
+        src.leave_source()
+        dst.leave_sink()
+    if not done:
+        counters.fell_back("refused")
+    return done
+
+
+def _better_read(transfer: Transfer, src: File, dst: Endpoint) -> str | None:
+    """Return why reading *src* into memory is the way to go, if it is."""
+    if transfer.room(src.status.st_size - src.obj.tell()) <= SMALL:
+        return "small"
+    if isinstance(dst, Pipe):
+        # The pages would wait in the pipe by reference, changing with the file, perhaps for ever.
+        return "file_to_pipe"
+    if isinstance(dst, File) and src.is_same_file(dst):
+        return "same_file"
+    return None
+
+
+def _way(src: Endpoint, dst: Endpoint) -> Callable[[Transfer, Any, Any], bool]:
+    if isinstance(src, File):
+        return file_to_socket if isinstance(dst, Socket) else file_to_file
+    if isinstance(src, Pipe) or isinstance(dst, Pipe):
+        return directly
+    return through_pool
+
+
+def send_file(transfer: Transfer, src: File, dst: Socket) -> None:
+    """Send from *src*, whose object stands at its offset, until it ends, or the limit.
+
+    On exit the object stands where sending stopped. Lets out the errors of the two ends.
+    """
+    try:
+        if transfer.room(src.status.st_size - src.offset) > SMALL:
+            file_through_memory(transfer, src, dst, src.ahead())
+            file_to_socket(transfer, src, dst)
+            src.leave_source()
+        file_through_memory(transfer, src, dst)  # all, or what has been added in the meantime
+    finally:
+        src.leave_source()
+
+
+def file_to_socket(transfer: Transfer, src: File, dst: Socket) -> bool:
+    """Send from *src*, at its offset, with sendfile(2): nothing is taken in that could be lost.
+
+    Never asks for more than the file has: older kernels wait 200 ms for the rest. A file cut short
+    under way ends there. Lets out what sendfile(2) says of the socket or the disk.
+    """
+    while (asked := transfer.room(min(PIECE, src.size() - src.offset))) > 0:
+        try:
+            sent = os.sendfile(dst.fileno(), src.fileno(), src.offset, asked)
+        except BlockingIOError:
+            transfer.wait(dst.wait_write)
+            continue
+        except OSError as err:
+            if err.errno in _REFUSALS:
+                return False
+            raise
+        if sent == 0:
+            break
+        src.offset += sent
+        transfer.moved(sent, "bytes_sendfile")
+        transfer.give_way()
+    return True
+
+
+def file_through_memory(
+    transfer: Transfer, src: File, dst: Socket, most: int | None = None
+) -> None:
+    """Send from *src* by reading and sending, as gevent's own sendfile does: *most* bytes, or all.
+
+    On entry the object stands at the endpoint's offset; on exit by an error it may stand further on
+    than the offset, which is where sending stopped. Lets out the errors of read() and send().
+    """
+    end = None if most is None else transfer.delivered + most
+    while (asked := transfer.room(SMALL if end is None else end - transfer.delivered)) > 0:
+        data = memoryview(src.obj.read(asked))
+        if not data:
+            break
+        while data:
+            sent = dst.sock.send(data)
+            transfer.check_process()
+            data = data[sent:]
+            src.offset += sent
+            transfer.moved(sent, "bytes_copied")
+
+
+def file_to_file(transfer: Transfer, src: File, dst: File) -> bool:
+    """Copy from *src*, at its offset, to where *dst* stands: copy_file_range(2), else sendfile(2).
+
+    Any error ends the way, not the transfer: nothing is under way between the calls, so the next
+    way meets the same error and, if there is none after it, the original function raises it.
+    """
+    for counter, call in (
+        ("bytes_copy_file_range", _copy_file_range),
+        ("bytes_sendfile", _sendfile_to_file),
+    ):
+        try:
+            while (asked := transfer.room(min(PIECE, src.size() - src.offset))) > 0:
+                copied = call(src, dst, asked)
+                if copied == 0:
+                    return True
+                src.offset += copied
+                transfer.moved(copied, counter)
+                transfer.give_way()
+        except OSError:
+            transfer.check_process()
+            continue
+        return True
+    return False
+
+
+def _copy_file_range(src: File, dst: File, asked: int) -> int:
+    return os.copy_file_range(src.fileno(), dst.fileno(), asked, offset_src=src.offset)
+
+
+def _sendfile_to_file(src: File, dst: File, asked: int) -> int:
+    return os.sendfile(dst.fileno(), src.fileno(), src.offset, asked)
+
+
+def directly(transfer: Transfer, src: Endpoint, dst: Endpoint) -> bool:
+    """Splice between two ends of which one is the caller's own pipe; nothing is borrowed.
+
+    EAGAIN does not tell which end is not ready (the caller's pipe may well be full, or stalled), so
+    both are waited for, one after the other. Lets out what splice(2) says of the ends.
+    """
+    while (asked := transfer.room(PIECE)) > 0:
+        try:
+            number = os.splice(src.fileno(), dst.fileno(), asked, flags=SPLICE_FLAGS)
+        except BlockingIOError:
+            transfer.wait(src.wait_read)
+            transfer.wait(dst.wait_write)
+            continue
+        except OSError as err:
+            if err.errno in _REFUSALS:
+                return False
+            raise
+        if number == 0:
+            break
+        transfer.moved(number, "bytes_spliced")
+        transfer.give_way()
+    return True
+
+
+def through_pool(transfer: Transfer, src: Endpoint, dst: Endpoint) -> bool:
+    """Splice from *src* to *dst* through a pipe of the pool, lent only while it holds bytes.
+
+    The pipe is empty whenever a fill starts, so EAGAIN means one thing at each leg: *src* has
+    nothing, or *dst* has no room. Lets out what splice(2) says of the ends.
+    """
+    while (asked := transfer.room(PIECE)) > 0:
+        pipe = pipes.acquire()
+        if pipe is None:
+            counters.fell_back("no_pipe")
+            return False
+        try:
+            filled = fill(pipe, src, asked)
+            if filled == 0:
+                return True
+            if filled is not None and not drain(transfer, pipe, dst):
+                return False
+        except OSError as err:
+            if err.errno in _REFUSALS and pipe.pending == 0:
+                return False
+            raise
+        finally:
+            pipes.release(pipe)
+        if filled is None:
+            transfer.wait(src.wait_read)
+        transfer.give_way()
+    return True
+
+
+def fill(pipe: pipes.Pipe, src: Endpoint, asked: int) -> int | None:
+    """Splice at most *asked* bytes from *src* into *pipe*, which is empty on entry.
+
+    On exit ``pipe.pending`` is what it holds, and returned. 0 is end of file, and nothing else is;
+    None: *src* has nothing now, and the pipe is still empty. Lets out what splice(2) says of *src*,
+    with the pipe still empty.
+    """
+    fd = src.fileno()
+    pipe.pending = pipes.UNKNOWN  # until the call has told: an exception may come in between
+    try:
+        pipe.pending = os.splice(fd, pipe.write_fd, asked, flags=SPLICE_FLAGS)
+    except BlockingIOError:
+        pipe.pending = 0
+        return None
+    except OSError:
+        pipe.pending = 0  # splice(2) answers with an error only if it moved nothing
+        raise
+    return pipe.pending
+
+
+def drain(transfer: Transfer, pipe: pipes.Pipe, dst: Endpoint) -> bool:
+    """Splice all of *pipe*, which is not empty on entry, into *dst*.
+
+    On exit the pipe is empty and its bytes are delivered. False: the kernel does not splice into
+    *dst* (an append-only file, a filesystem without splice); they were written the ordinary way.
+    Lets out what splice(2), or the ordinary write, says of *dst*: bytes that are still in the pipe,
+    or in the ordinary write, are lost then.
+    """
+    while pipe.pending:
+        try:
+            drained = os.splice(pipe.read_fd, dst.fileno(), pipe.pending, flags=SPLICE_FLAGS)
+        except BlockingIOError:
+            transfer.wait(dst.wait_write)
+            continue
+        except OSError as err:
+            if err.errno not in _REFUSALS:
+                raise
+            while pipe.pending:
+                data = os.read(pipe.read_fd, pipe.pending)
+                dst.write(data)
+                pipe.pending -= len(data)
+                transfer.moved(len(data), "bytes_copied")
+            return False
+        pipe.pending -= drained
+        transfer.moved(drained, "bytes_spliced")
+    return True
