@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-import socket as _stdlib_socket
+import os
+import socket as stdlib_socket
+import stat
+from io import BufferedReader, FileIO
+from socket import SOCK_STREAM
 from typing import Any
 
 from gevent.socket import socket as GeventSocket
 
 from ._stats import counters
-from .recognise import NotOurs, regular_file, stream_socket
+from .config import SMALL
+from .recognise import NotOurs, overrides_nothing, regular_file, stream_socket
 from .transfer import Transfer, file_to_socket, send_file
 
 __implements__ = ["sendfile", "_sendfile_use_sendfile"]
 
 _original = GeventSocket.sendfile
-_GiveupOnSendfile: type[Exception] = _stdlib_socket._GiveupOnSendfile  # type: ignore[attr-defined]
+_GiveupOnSendfile: type[Exception] = stdlib_socket._GiveupOnSendfile  # type: ignore[attr-defined]
 
 
 def sendfile(self: Any, file: Any, offset: int = 0, count: int | None = None) -> int:
@@ -28,19 +33,69 @@ def sendfile(self: Any, file: Any, offset: int = 0, count: int | None = None) ->
     Raises ValueError and TypeError for arguments as gevent does, OSError and TimeoutError of the
     socket, OSError of the file.
     """
+    sent = _send_small(self, file, offset, count)
+    return _send(self, file, offset, count) if sent is None else sent
+
+
+def _send(sock: Any, file: Any, offset: int, count: int | None, sent: int = 0) -> int:
+    """Send from *offset* on; of *count*, *sent* bytes have gone already. Return the total."""
     try:
-        dst = stream_socket(self)
+        dst = stream_socket(sock)
         src = regular_file(file)
         if type(offset) is not int:
             raise NotOurs("arguments")
     except NotOurs as reason:
         counters.fell_back(reason.args[0])
-        return _original(self, file, offset, count)  # type: ignore[no-any-return]
-    self._check_sendfile_params(file, offset, count)
+        rest = count - sent if sent and count is not None else count
+        return sent + _original(sock, file, offset, rest)  # type: ignore[no-any-return]
+    sock._check_sendfile_params(file, offset, count)
     src.offset = src.obj.seek(offset) if offset else src.obj.tell()
-    transfer = Transfer(count)
+    transfer = Transfer(count, sent)
     send_file(transfer, src, dst)
     return transfer.delivered
+
+
+def _send_small(sock: Any, file: Any, offset: int, count: int | None) -> int | None:
+    """Send all of a small file by one read and one send, as fast as gevent's own sendfile.
+
+    Without this short cut a file of a few KiB takes twice as long, most of it to recognise the two
+    ends (benchmarks/file_to_socket.py). None: it is not that simple, and nothing has moved.
+    Lets out the errors of read() and send(), with the file where it was.
+    """
+    if (
+        type(sock) is not GeventSocket
+        or type(file) is not BufferedReader
+        or file.closed
+        or type(file.raw) is not FileIO
+        or not overrides_nothing(file)
+        or not overrides_nothing(file.raw)
+        or sock.timeout == 0.0
+        or sock._sock.type != SOCK_STREAM
+        or type(offset) is not int
+        or not (count is None or (type(count) is int and count > 0))
+    ):
+        return None
+    status = os.fstat(file.fileno())
+    position = offset or file.tell()
+    left = status.st_size - position
+    if count is not None and count < left:
+        left = count
+    if not 0 < left <= SMALL or not stat.S_ISREG(status.st_mode):
+        return None
+    if offset:
+        file.seek(offset)
+    data = file.read(left)
+    sent = 0
+    try:
+        sent = sock._sock.send(data)
+    except BlockingIOError:
+        pass
+    finally:
+        if sent < len(data):
+            file.seek(position + sent)
+    if sent:
+        counters.add_transfer("bytes_copied", sent)
+    return sent if sent == len(data) else _send(sock, file, position + sent, count, sent)
 
 
 def _sendfile_use_sendfile(self: Any, file: Any, offset: int = 0, count: int | None = None) -> int:

@@ -85,6 +85,12 @@ class Counters:
         with self._lock:
             self.numbers[name] += number
 
+    def add_transfer(self, name: str, number: int) -> None:
+        """Add *number* to the counter *name*, the first bytes of a transfer."""
+        with self._lock:
+            self.numbers["transfers"] += 1
+            self.numbers[name] += number
+
     def fell_back(self, reason: str) -> None:
         """Count one call that the original function got, or had to finish."""
         with self._lock:

@@ -54,9 +54,9 @@ RECLAIM_PERIOD: Final = 10.0
 #: takes 0.4 ms; giving way costs 2 us.
 PIECE: Final = 2 * MiB
 
-#: A file with no more than this left goes by one read and one send: as fast as sendfile(2) up to
-#: here (benchmarks/file_to_socket.py), and nothing about it can surprise.
-SMALL: Final = 8 * KiB
+#: A file with no more than this left goes by one read and one send: they cost less than sendfile(2)
+#: up to 100 KiB or so (benchmarks/file_to_socket.py), and nothing about them can surprise.
+SMALL: Final = 64 * KiB
 
 OFFLOAD_POLICIES: Final = ("auto", "never", "always")
 

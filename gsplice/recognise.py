@@ -137,18 +137,23 @@ def _layers(obj: Any, reason: str) -> tuple[Any, Any]:
         role = _role(type(obj))
     raw = obj
     if role is _BUFFER:
-        if not _FILE_METHODS.isdisjoint(obj.__dict__):
+        if not overrides_nothing(obj):
             raise NotOurs(reason)
         try:
             raw = obj.raw
         except ValueError:
             raise NotOurs("closed") from None  # detached
         role = _role(type(raw))
-    if role is not _RAW or not _FILE_METHODS.isdisjoint(raw.__dict__):
+    if role is not _RAW or not overrides_nothing(raw):
         raise NotOurs(reason)
     if raw.closed:
         raise NotOurs("closed")
     return obj, raw
+
+
+def overrides_nothing(obj: Any) -> bool:
+    """Say whether the instance *obj* reads and writes as its type does."""
+    return _FILE_METHODS.isdisjoint(obj.__dict__)
 
 
 def _role(cls: type) -> str | None:

@@ -37,9 +37,9 @@ class Transfer:
 
     __slots__ = ("_process", "_since_switch", "delivered", "limit")
 
-    def __init__(self, limit: int | None = None) -> None:
+    def __init__(self, limit: int | None = None, delivered: int = 0) -> None:
         #: Bytes delivered, and the most that may be; None: until the source ends.
-        self.delivered = 0
+        self.delivered = delivered
         self.limit = limit
         self._since_switch = 0
         self._process = os.getpid()
@@ -50,11 +50,12 @@ class Transfer:
 
     def moved(self, number: int, counter: str) -> None:
         """Note that *number* bytes have been delivered."""
-        if not self.delivered:
-            counters.add("transfers", 1)
+        if self.delivered:
+            counters.add(counter, number)
+        else:
+            counters.add_transfer(counter, number)
         self.delivered += number
         self._since_switch += number
-        counters.add(counter, number)
 
     def wait(self, wait: Callable[[], None]) -> None:
         """Wait for an end to be ready. Lets out what the end's own wait raises."""

@@ -1,0 +1,117 @@
+"""What every test can use: connected sockets, files with known bytes, and counters."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import random
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import gevent
+import gevent.socket
+import pytest
+
+import gsplice
+
+#: The name of a socket pair, and the same through a real connection.
+Pair = tuple[gevent.socket.socket, gevent.socket.socket]
+
+
+@pytest.fixture(autouse=True, scope="session")
+def patched() -> Iterator[gsplice.PatchResult]:
+    """All names patched; gevent.monkey.get_original() has the originals."""
+    yield gsplice.patch_all()
+    gsplice.unpatch_all()
+
+
+@pytest.fixture(autouse=True)
+def no_pipe_lost() -> Iterator[None]:
+    """No test leaves a pipe lent out."""
+    yield
+    assert gsplice.stats().pipes_in_use == 0
+
+
+@pytest.fixture
+def tcp() -> Iterator[Callable[[], Pair]]:
+    """Make connected TCP sockets of gevent's class, closed at the end of the test."""
+    with contextlib.ExitStack() as stack:
+
+        def connect() -> Pair:
+            with gevent.socket.socket() as listener:
+                listener.bind(("127.0.0.1", 0))
+                listener.listen()
+                client = gevent.socket.create_connection(listener.getsockname())
+                server, _ = listener.accept()
+            for sock in (client, server):
+                stack.callback(sock.close)
+            return client, server
+
+        yield connect
+
+
+@pytest.fixture
+def unix() -> Iterator[Callable[[], Pair]]:
+    """Make connected Unix stream sockets of gevent's class, closed at the end of the test."""
+    with contextlib.ExitStack() as stack:
+
+        def connect() -> Pair:
+            pair: Pair = gevent.socket.socketpair()
+            for sock in pair:
+                stack.callback(sock.close)
+            return pair
+
+        yield connect
+
+
+@contextlib.contextmanager
+def counting() -> Iterator[SimpleNamespace]:
+    """Fill in, at the end of the block, by how much each counter has grown."""
+    before = gsplice.stats().as_dict()
+    grown = SimpleNamespace()
+    yield grown
+    after = gsplice.stats().as_dict()
+    fallbacks = {
+        reason: count - before["fallbacks"].get(reason, 0)
+        for reason, count in after.pop("fallbacks").items()
+    }
+    grown.fallbacks = {reason: count for reason, count in fallbacks.items() if count}
+    for name, number in after.items():
+        setattr(grown, name, number - before[name])
+
+
+def some_bytes(size: int, seed: int = 0) -> bytes:
+    """Return *size* bytes that no other seed gives, without a period."""
+    return random.Random(seed).randbytes(size)
+
+
+def file_of(path: Path, size: int, seed: int = 0) -> Path:
+    """Write a file of :func:`some_bytes` and return its path."""
+    path.write_bytes(some_bytes(size, seed))
+    return path
+
+
+def receive_all(sock: Any) -> bytes:
+    """Receive until the peer has finished."""
+    received = bytearray()
+    while data := sock.recv(1 << 16):
+        received += data
+    return bytes(received)
+
+
+def receiver(sock: Any) -> gevent.Greenlet:
+    """Start to receive all from *sock*; ``.get()`` gives the bytes."""
+    return gevent.spawn(receive_all, sock)
+
+
+def open_descriptors() -> int:
+    """Count the descriptors of this process."""
+    return len(os.listdir("/proc/self/fd")) - 1
+
+
+def digest(data: bytes) -> str:
+    """Return a short name for *data*, for messages that a person can read."""
+    return f"{len(data)} bytes {hashlib.sha256(data).hexdigest()[:12]}"
