@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import importlib.abc
 import importlib.util
 import os
 import shutil as stdlib_shutil
@@ -131,16 +130,16 @@ def _patch(name: str) -> str | None:
     return None
 
 
-class _PywsgiWatcher(importlib.abc.MetaPathFinder):
+class _PywsgiWatcher:
     """Patches gevent.pywsgi as soon as somebody else has imported it."""
 
     def start(self) -> None:
         if self not in sys.meta_path:
-            sys.meta_path.insert(0, self)
+            sys.meta_path.insert(0, self)  # type: ignore[arg-type]
 
     def stop(self) -> None:
         if self in sys.meta_path:
-            sys.meta_path.remove(self)
+            sys.meta_path.remove(self)  # type: ignore[arg-type]
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None

@@ -1,0 +1,235 @@
+"""Patching and putting back, each in an interpreter of its own."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+
+def run(program: str, **environ: str) -> str:
+    """Run *program* in a new interpreter and return what it printed."""
+    done = subprocess.run(
+        [sys.executable, "-W", "error::ResourceWarning", "-c", program],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env={"PATH": "/usr/bin:/bin", **environ},
+    )
+    assert done.stderr == ""
+    assert done.returncode == 0
+    return done.stdout
+
+
+STRACE = ("strace", "-f", "-qq", "-o", "/dev/null", "-e")
+
+SEND_A_FILE = """
+import os, tempfile, gevent, gevent.socket, gsplice
+a, b = gevent.socket.socketpair()
+with tempfile.TemporaryFile() as f:
+    f.write(bytes(200_000)); f.seek(0)
+    def receive():
+        received = 0
+        while received < 200_000:
+            received += len(b.recv(65536))
+    receiving = gevent.spawn(receive)
+    assert a.sendfile(f) == 200_000
+    receiving.get()
+a.close(); b.close()
+print(gsplice.stats().bytes_sendfile)
+"""
+
+
+@pytest.mark.parametrize(
+    "patching",
+    [
+        "import gsplice; gsplice.patch_all()",
+        "import gsplice; gsplice.patch_all(); gsplice.patch_all()",
+        "import gevent.monkey, gsplice; gevent.monkey.patch_all(); gsplice.patch_all()",
+        "import gevent.monkey, gsplice; gsplice.patch_all(); gevent.monkey.patch_all()",
+    ],
+)
+def test_works_before_after_and_without_gevents_own_patching(patching: str) -> None:
+    assert run(patching + SEND_A_FILE) == "200000\n"
+
+
+def test_nothing_is_patched_by_importing() -> None:
+    assert run("import gsplice" + SEND_A_FILE) == "0\n"
+
+
+def test_gevents_queries_tell_the_truth_and_unpatching_restores_them() -> None:
+    run("""
+import gevent.monkey, gevent.pywsgi, shutil
+from gevent._socket3 import socket
+names = [(shutil, "copyfileobj"), (socket, "sendfile"), (socket, "_sendfile_use_sendfile"),
+         (gevent.pywsgi.WSGIHandler, "get_environ"), (gevent.pywsgi.WSGIHandler, "process_result")]
+before = [getattr(owner, name) for owner, name in names]
+saved = {module: dict(items) for module, items in gevent.monkey.saved.items()}
+import gsplice
+for round in range(2):
+    assert len(gsplice.patch_all().patched) == 5
+    for (owner, name), original in zip(names, before):
+        where = owner.__name__ if owner is shutil else f"{owner.__module__}.{owner.__name__}"
+        assert getattr(owner, name) is not original
+        assert gevent.monkey.get_original(where, name) is original
+        assert gevent.monkey.is_object_patched(where, name)
+    assert not gevent.monkey.is_module_patched("socket")
+    gsplice.unpatch_all()
+    assert [getattr(owner, name) for owner, name in names] == before
+    assert gevent.monkey.saved == saved
+gsplice.unpatch_all()
+""")
+
+
+def test_result_names_what_was_patched_and_why_not_the_rest() -> None:
+    assert run("""
+import gsplice
+result = gsplice.patch_all(shutil=False)
+print(bool(result), result.patched)
+for name, reason in result.not_patched.items(): print(name, "--", reason)
+print(bool(gsplice.patch_all(socket=False, shutil=False, pywsgi=False)))
+gsplice.unpatch_all()
+print(gsplice.patch_all(socket=False, shutil=False, pywsgi=False))
+""").splitlines() == [
+        "True ('socket.sendfile', 'socket._sendfile_use_sendfile')",
+        "shutil.copyfileobj -- not asked for",
+        "pywsgi.WSGIHandler.get_environ -- will be when gevent.pywsgi is imported",
+        "pywsgi.WSGIHandler.process_result -- will be when gevent.pywsgi is imported",
+        "True",
+        "patched: nothing; not patched: socket.sendfile (not asked for), "
+        "socket._sendfile_use_sendfile (not asked for), shutil.copyfileobj (not asked for), "
+        "pywsgi.WSGIHandler.get_environ (not asked for), "
+        "pywsgi.WSGIHandler.process_result (not asked for)",
+    ]
+
+
+def test_pywsgi_is_patched_when_it_is_imported_and_not_before() -> None:
+    run("""
+import sys, gsplice
+gsplice.patch_all()
+assert "gevent.pywsgi" not in sys.modules and "ssl" not in sys.modules
+import gevent.pywsgi
+assert gevent.monkey.is_object_patched("gevent.pywsgi.WSGIHandler", "process_result")
+assert len(gsplice.patch_all().patched) == 5
+""")
+
+
+def test_pywsgi_imported_after_unpatching_stays_as_it_is() -> None:
+    run("""
+import sys, gsplice
+finders = list(sys.meta_path)
+gsplice.patch_all()
+gsplice.unpatch_all()
+assert sys.meta_path == finders
+import gevent.pywsgi
+assert not gevent.monkey.is_module_patched("gevent.pywsgi.WSGIHandler")
+""")
+
+
+def test_patching_creates_no_hub_and_no_thread_and_imports_nothing_that_must_wait() -> None:
+    run("""
+import sys
+import gsplice
+gsplice.patch_all()
+import _thread
+from gevent._hub_local import get_hub_if_exists
+assert get_hub_if_exists() is None
+assert _thread._count() == 0
+early = {"ssl", "queue", "subprocess", "tempfile", "concurrent.futures", "gevent.fileobject"}
+assert not early & set(sys.modules), early & set(sys.modules)
+""")
+
+
+def test_a_subscriber_may_forbid_it() -> None:
+    run("""
+import gevent.events, gsplice, shutil
+def forbid(event):
+    if type(event).__name__ == "GeventWillPatchModuleEvent" and event.module_name == "shutil":
+        raise gevent.events.DoNotPatch
+gevent.events.subscribers.append(forbid)
+before = shutil.copyfileobj
+result = gsplice.patch_all()
+assert shutil.copyfileobj is before
+assert "subscriber" in result.not_patched["shutil.copyfileobj"]
+""")
+
+
+@pytest.mark.parametrize("fault", ["ENOSYS", "EPERM"])
+def test_where_splice_is_refused_nothing_is_patched(fault: str) -> None:
+    program = """
+import shutil, gsplice
+before = shutil.copyfileobj
+result = gsplice.patch_all()
+print(bool(result), shutil.copyfileobj is before, sorted(set(result.not_patched.values())))
+"""
+    done = subprocess.run(
+        [*STRACE, f"inject=splice:error={fault}", sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.stderr == ""
+    said = {"ENOSYS": "Function not implemented", "EPERM": "Operation not permitted"}[fault]
+    assert done.stdout == f"False True ['splice(2) is refused here: {said}']\n"
+
+
+def test_elsewhere_than_on_linux_it_imports_patches_nothing_and_copies_all_the_same() -> None:
+    run("""
+import os, sys
+import gevent.socket, io, shutil, tempfile
+for name in ("splice", "pipe2", "copy_file_range", "register_at_fork", "SPLICE_F_MOVE"):
+    delattr(os, name)
+sys.platform = "darwin"
+sys.modules["fcntl"] = None
+import gsplice
+sys.platform = "linux"
+result = gsplice.patch_all()
+assert not result, result
+assert set(result.not_patched.values()) == {"needs splice(2), which only Linux has"}
+a, b = gevent.socket.socketpair()
+with a, b, tempfile.TemporaryFile() as src, tempfile.TemporaryFile() as dst:
+    src.write(bytes(100_000)); src.seek(0)
+    assert gsplice.copy(src, dst) == 100_000
+    src.seek(0); gsplice.copyfileobj(src, dst)
+    assert dst.tell() == 200_000
+    assert gsplice.sendfile(a, src, 99_990) == 10
+    assert b.recv(20) == bytes(10)
+assert gsplice.pipes.acquire() is None
+""")
+
+
+def test_settings_come_from_the_environment() -> None:
+    assert (
+        run(
+            "import gsplice.config as c; s = c.settings; print(s.pipe_size, s.max_pipes, s.patch_all)",
+            GSPLICE_PIPE_SIZE="65536",
+            GSPLICE_MAX_PIPES="7",
+            GSPLICE_PATCH_ALL="yes",
+        )
+        == "65536 7 True\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("max_pipes", "many", "max_pipes must be a whole number from 0 up, not 'many'"),
+        ("max_pipes", -1, "max_pipes must be a whole number from 0 up, not -1"),
+        ("max_idle", True, "max_idle must be a whole number from 0 up, not True"),
+        ("offload", "maybe", "offload must be one of auto, never, always, not 'maybe'"),
+        ("patch_all", "perhaps", "patch_all must be true or false, not 'perhaps'"),
+    ],
+)
+def test_a_setting_that_makes_no_sense_is_refused(name: str, value: object, said: str) -> None:
+    from gsplice.config import settings
+
+    with pytest.raises(ValueError, match=said):
+        setattr(settings, name, value)
+
+
+def test_a_setting_that_does_not_exist_is_refused() -> None:
+    from gsplice.config import settings
+
+    with pytest.raises(AttributeError, match="no setting 'max_pips'"):
+        settings.max_pips = 3
