@@ -1,0 +1,440 @@
+"""Responses of gevent.pywsgi that are files: a real server, and raw bytes from the wire."""
+
+from __future__ import annotations
+
+import contextlib
+import gzip
+import io
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import gevent
+import gevent.monkey
+import gevent.socket
+import gevent.ssl
+import pytest
+from conftest import counting, file_of, receive_all, some_bytes
+from gevent import pywsgi
+
+from gsplice._pywsgi import FileWrapper
+
+BIG = 3 * 1024 * 1024 + 17
+App = Callable[[dict[str, Any], Callable[..., Any]], Any]
+
+
+class Server:
+    """A WSGI server with one application, and what it was asked and logged."""
+
+    def __init__(self, app: App, handler_class: type = pywsgi.WSGIHandler) -> None:
+        self.log = io.StringIO()
+        self.errors = io.StringIO()
+        self.closed: list[str] = []
+        self.server = pywsgi.WSGIServer(
+            ("127.0.0.1", 0), app, log=self.log, error_log=self.errors, handler_class=handler_class
+        )
+        self.server.start()
+
+    def connect(self) -> Any:
+        return gevent.socket.create_connection(self.server.address)
+
+    def ask(self, *requests: str) -> bytes:
+        """Send the requests on one connection and return all that comes until it is closed."""
+        with self.connect() as sock:
+            sock.sendall("".join(requests).encode())
+            return receive_all(sock)
+
+
+@pytest.fixture
+def serve() -> Iterator[Callable[..., Server]]:
+    with contextlib.ExitStack() as stack:
+
+        def start(app: App, *args: Any) -> Server:
+            server = Server(app, *args)
+            stack.callback(server.server.stop)
+            return server
+
+        yield start
+
+
+def request(method: str = "GET", *headers: str, version: str = "1.1", close: bool = True) -> str:
+    lines = [f"{method} / HTTP/{version}", "Host: x", *headers]
+    if close and version == "1.1":
+        lines.append("Connection: close")
+    return "\r\n".join([*lines, "", ""])
+
+
+def split(response: bytes) -> tuple[str, dict[str, str], bytes]:
+    head, _, body = response.partition(b"\r\n\r\n")
+    status, *lines = head.decode().split("\r\n")
+    headers = dict(line.split(": ", 1) for line in lines)
+    return status, headers, body
+
+
+def file_app(
+    path: Path, *headers: tuple[str, str], status: str = "200 OK", start: int = 0, **opening: Any
+) -> App:
+    """Make an application that answers with the file, wrapped by what the server offers."""
+
+    def app(environ: dict[str, Any], start_response: Callable[..., Any]) -> Any:
+        start_response(status, list(headers))
+        file = path.open("rb", **opening)
+        file.seek(start)
+        return environ["wsgi.file_wrapper"](file)
+
+    return app
+
+
+def unpatched(app: App) -> App:
+    """Make the application whose result pywsgi iterates over, as it does without us."""
+
+    def iterating(environ: dict[str, Any], start_response: Callable[..., Any]) -> Any:
+        return iter(list(app(environ, start_response)))
+
+    return iterating
+
+
+@pytest.mark.parametrize("size", [BIG, 100_000, 1000, 1])
+@pytest.mark.parametrize("declared", [True, False])
+def test_a_file_goes_out_whole_with_its_length(
+    serve: Any, tmp_path: Path, size: int, declared: bool
+) -> None:
+    path = file_of(tmp_path / "f", size)
+    length = [("Content-Length", str(size))] if declared else []
+    server = serve(file_app(path, *length))
+    with counting() as grown:
+        status, headers, body = split(server.ask(request()))
+    assert status == "HTTP/1.1 200 OK"
+    assert body == path.read_bytes()
+    assert headers["Content-Length"] == str(size)
+    assert "Transfer-Encoding" not in headers
+    assert grown.bytes_sendfile + grown.bytes_copied == size
+    assert grown.transfers == 1
+    assert (grown.bytes_sendfile > 0) == (size > 65536)
+    assert grown.fallbacks == {}
+    assert server.errors.getvalue() == ""
+
+
+def test_headers_are_those_that_pywsgi_makes(serve: Any, tmp_path: Path) -> None:
+    path = file_of(tmp_path / "f", BIG)
+    app = file_app(path, ("Content-Length", str(BIG)), ("X-Own", "1"), ("Date", "never"))
+    ours = serve(app).ask(request())
+    theirs = serve(unpatched(app)).ask(request())
+    assert ours == theirs
+
+
+def test_it_starts_where_the_file_stands(serve: Any, tmp_path: Path) -> None:
+    path = file_of(tmp_path / "f", BIG)
+    _, headers, body = split(serve(file_app(path, start=1_000_001)).ask(request()))
+    assert body == path.read_bytes()[1_000_001:]
+    assert headers["Content-Length"] == str(BIG - 1_000_001)
+
+
+def test_a_file_at_its_end_is_an_empty_body(serve: Any, tmp_path: Path) -> None:
+    path = file_of(tmp_path / "f", BIG)
+    status, headers, body = split(serve(file_app(path, start=BIG)).ask(request()))
+    assert (status, headers["Content-Length"], body) == ("HTTP/1.1 200 OK", "0", b"")
+
+
+def test_the_body_is_cut_to_the_declared_length_and_the_connection_kept(
+    serve: Any, tmp_path: Path
+) -> None:
+    path = file_of(tmp_path / "f", BIG)
+    server = serve(file_app(path, ("Content-Length", "1000000"), start=5))
+    with counting() as grown:
+        both = server.ask(request(close=False), request())
+    first, second = both[: len(both) // 2], both[len(both) // 2 :]
+    assert split(first)[2] == split(second)[2] == path.read_bytes()[5:1_000_005]
+    assert grown.bytes_sendfile + grown.bytes_copied == 2_000_000
+
+
+def test_a_file_shorter_than_declared_ends_the_connection(serve: Any, tmp_path: Path) -> None:
+    path = file_of(tmp_path / "f", BIG)
+    server = serve(file_app(path, ("Content-Length", str(BIG + 1))))
+    answer = server.ask(request(close=False), request(close=False))
+    assert split(answer)[2] == path.read_bytes()
+
+
+def test_head_has_the_headers_and_no_body(serve: Any, tmp_path: Path) -> None:
+    path = file_of(tmp_path / "f", BIG)
+    server = serve(file_app(path))
+    with counting() as grown:
+        answer = server.ask(request("HEAD", close=False), request("HEAD"))
+    first, second, rest = answer.split(b"\r\n\r\n")
+    assert f"Content-Length: {BIG}".encode() in first
+    assert b"HTTP/1.1 200 OK" in second
+    assert rest == b""
+    assert grown.transfers == 0
+
+
+@pytest.mark.parametrize("status", ["304 Not Modified", "204 No Content"])
+def test_a_response_without_a_body_is_pywsgis_business(
+    serve: Any, tmp_path: Path, status: str
+) -> None:
+    path = file_of(tmp_path / "empty", 0)
+    with counting() as grown:
+        answer = split(serve(file_app(path, status=status)).ask(request()))
+    assert answer[0] == f"HTTP/1.1 {status}"
+    assert answer[2] == b""
+    assert grown.transfers == 0
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_http_1_0(serve: Any, tmp_path: Path, keep: bool) -> None:
+    path = file_of(tmp_path / "f", 200_000)
+    app = file_app(path, ("Content-Length", "200000"), ("Date", "never"))
+    asked = request("GET", *["Connection: keep-alive"] * keep, version="1.0")
+    last = request("GET", version="1.0")
+    with counting() as grown:
+        ours = serve(app).ask(asked, last)
+    assert ours == serve(unpatched(app)).ask(asked, last)
+    assert ours.count(b"HTTP/1.1 200 OK") == 1 + keep
+    assert grown.bytes_sendfile == 200_000 * (1 + keep)
+
+
+@pytest.mark.parametrize("how", ["gzip", "bytes", "pipe"])
+def test_anything_but_a_plain_file_goes_as_before(serve: Any, tmp_path: Path, how: str) -> None:
+    content = some_bytes(200_000)
+
+    def app(environ: dict[str, Any], start_response: Callable[..., Any]) -> Any:
+        start_response("200 OK", [("Date", "never")])
+        if how == "gzip":
+            (tmp_path / "f").write_bytes(gzip.compress(content))
+            file: Any = gzip.open(tmp_path / "f")
+        elif how == "bytes":
+            file = io.BytesIO(content)
+        else:
+            file = subprocess.Popen(["cat", str(tmp_path / "g")], stdout=subprocess.PIPE).stdout
+        return environ["wsgi.file_wrapper"](file)
+
+    (tmp_path / "g").write_bytes(content)
+    with counting() as grown:
+        ours = serve(app).ask(request())
+    assert b"Transfer-Encoding: chunked" in ours
+    assert grown.transfers == 0
+    assert grown.fallbacks == {"source_type": 1}
+    assert ours == serve(unpatched(app)).ask(request())
+
+
+def test_a_file_of_unknown_size_is_chunked(serve: Any) -> None:
+    server = serve(file_app(Path("/proc/self/status")))
+    _, headers, body = split(server.ask(request()))
+    assert headers["Transfer-Encoding"] == "chunked"
+    assert b"VmRSS" in body
+    assert body.endswith(b"0\r\n\r\n")
+
+
+@pytest.mark.parametrize("opening", [{}, {"buffering": 0}])
+@pytest.mark.parametrize("method", ["GET", "HEAD"])
+def test_the_file_is_closed(serve: Any, tmp_path: Path, method: str, opening: Any) -> None:
+    opened = []
+
+    def app(environ: dict[str, Any], start_response: Callable[..., Any]) -> Any:
+        start_response("200 OK", [])
+        opened.append(file_of(tmp_path / "f", BIG).open("rb", **opening))
+        return environ["wsgi.file_wrapper"](opened[0])
+
+    serve(app).ask(request(method))
+    assert opened[0].closed
+
+
+def test_a_client_that_goes_away_is_noted_as_pywsgi_notes_it(serve: Any, tmp_path: Path) -> None:
+    opened = []
+    noted = []
+    path = file_of(tmp_path / "f", 50 * 1024 * 1024)
+
+    class Handler(pywsgi.WSGIHandler):
+        def log_request(self) -> None:
+            noted.append((self.status, self.code, self.close_connection, self.response_length))
+            super().log_request()
+
+    def app(environ: dict[str, Any], start_response: Callable[..., Any]) -> Any:
+        start_response("200 OK", [])
+        opened.append(path.open("rb"))
+        return environ["wsgi.file_wrapper"](opened[0])
+
+    server = serve(app, Handler)
+    with counting() as grown:
+        with server.connect() as sock:
+            sock.sendall(request().encode())
+            sock.recv(1)
+        while not noted:
+            gevent.sleep(0.001)
+    status, code, closing, length = noted[0]
+    assert status.startswith("socket error: [Errno ")
+    assert (code, closing) == (-200, True)
+    assert grown.bytes_sendfile < length < grown.bytes_sendfile + 500  # and the headers
+    assert opened[0].closed
+    assert server.errors.getvalue() == ""
+
+
+def test_the_access_log_counts_the_bytes(serve: Any, tmp_path: Path) -> None:
+    path = file_of(tmp_path / "f", BIG)
+    logs = []
+    app = file_app(path, ("Content-Length", str(BIG)))
+    for each in (app, unpatched(app)):
+        server = serve(each)
+        answer = server.ask(request())
+        logs.append(server.log.getvalue().split('"')[2].split()[:2])
+        assert logs[-1] == ["200", str(len(answer))]
+    assert logs[0] == logs[1]
+
+
+def test_a_small_response_is_one_segment(serve: Any, tmp_path: Path) -> None:
+    """The client asks TCP how many segments with data it has received."""
+    path = file_of(tmp_path / "f", 1000)
+    server = serve(file_app(path))
+    with server.connect() as sock:
+        sock.sendall(request(close=False).encode())
+        received = b""
+        while not received.endswith(path.read_bytes()):
+            received += sock.recv(65536)
+        info = sock.getsockopt(gevent.socket.IPPROTO_TCP, 11, 232)  # TCP_INFO, tcpi_data_segs_in
+    assert int.from_bytes(info[152:156], sys.byteorder) == 1
+
+
+def test_the_cork_is_taken_out_however_it_ends(serve: Any, tmp_path: Path) -> None:
+    """A kept-alive connection answers the second request, whatever the first one was."""
+    corks = []
+    path = file_of(tmp_path / "f", BIG)
+    plain = file_app(path, ("Content-Length", "100"))
+
+    def app(environ: dict[str, Any], start_response: Callable[..., Any]) -> Any:
+        sock = environ["wsgi.input"].rfile.raw._sock
+        corks.append(sock.getsockopt(gevent.socket.IPPROTO_TCP, gevent.socket.TCP_CORK))
+        return plain(environ, start_response)
+
+    serve(app).ask(request(close=False), request("HEAD", close=False), request())
+    assert corks == [0, 0, 0]
+
+
+def test_a_handler_that_overrides_the_way_out_sees_every_byte(serve: Any, tmp_path: Path) -> None:
+    seen = []
+
+    class Handler(pywsgi.WSGIHandler):
+        def _sendall(self, data: bytes) -> None:
+            seen.append(bytes(data))
+            super()._sendall(data)
+
+    path = file_of(tmp_path / "f", BIG)
+    with counting() as grown:
+        answer = serve(file_app(path), Handler).ask(request())
+    assert b"".join(seen) == answer
+    assert grown.transfers == 0
+    assert grown.fallbacks == {"response": 1}
+
+
+def test_a_handler_that_overrides_what_calls_us_keeps_working(serve: Any, tmp_path: Path) -> None:
+    class Handler(pywsgi.WSGIHandler):
+        def get_environ(self) -> Any:
+            return {**super().get_environ(), "wsgi.file_wrapper": lambda file: iter([b"mine"])}
+
+        def run_application(self) -> None:
+            self.provided = True
+            super().run_application()
+
+        def process_result(self) -> None:
+            assert self.provided
+            super().process_result()
+
+    path = file_of(tmp_path / "f", BIG)
+    assert split(serve(file_app(path), Handler).ask(request()))[2] == b"4\r\nmine\r\n0\r\n\r\n"
+
+
+def test_a_wrapper_that_is_there_is_not_replaced(serve: Any, tmp_path: Path) -> None:
+    path = file_of(tmp_path / "f", 10)
+    server = serve(file_app(path))
+    server.server.environ["wsgi.file_wrapper"] = lambda file: iter([b"theirs"])
+    assert b"theirs" in server.ask(request())
+
+
+def test_bytes_written_before_the_file_go_before_it(serve: Any, tmp_path: Path) -> None:
+    path = file_of(tmp_path / "f", BIG)
+
+    def app(environ: dict[str, Any], start_response: Callable[..., Any]) -> Any:
+        write = start_response("200 OK", [("Content-Length", str(BIG + 3))])
+        write(b"abc")
+        return environ["wsgi.file_wrapper"](path.open("rb"))
+
+    assert split(serve(app).ask(request()))[2] == b"abc" + path.read_bytes()
+
+
+def test_an_application_that_never_starts_its_response_is_an_error(
+    serve: Any, tmp_path: Path
+) -> None:
+    path = file_of(tmp_path / "f", BIG)
+
+    def app(environ: dict[str, Any], start_response: Callable[..., Any]) -> Any:
+        return environ["wsgi.file_wrapper"](path.open("rb"))
+
+    assert b"500 Internal Server Error" in serve(app).ask(request())
+
+
+def test_over_tls_the_original_sends_it(serve: Any, tmp_path: Path) -> None:
+    """An SSL socket is no plain socket; the file arrives all the same."""
+    pem = tmp_path / "both.pem"
+    subprocess.run(
+        ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=localhost"]
+        + ["-keyout", tmp_path / "key", "-out", tmp_path / "cert"],
+        check=True,
+        capture_output=True,
+    )
+    pem.write_bytes((tmp_path / "key").read_bytes() + (tmp_path / "cert").read_bytes())
+    path = file_of(tmp_path / "f", BIG)
+    server = pywsgi.WSGIServer(
+        ("127.0.0.1", 0), file_app(path, ("Content-Length", str(BIG))), log=None, certfile=str(pem)
+    )
+    server.start()
+    with gevent.socket.create_connection(server.address) as sock, counting() as grown:
+        context = gevent.ssl.SSLContext(gevent.ssl.PROTOCOL_TLS_CLIENT)
+        context.check_hostname = False
+        context.verify_mode = gevent.ssl.CERT_NONE
+        with context.wrap_socket(sock) as tls:
+            tls.sendall(request().encode())
+            assert split(receive_all(tls))[2] == path.read_bytes()
+    server.stop()
+    assert grown.transfers == 0
+    assert grown.fallbacks == {"socket_type": 1}
+
+
+def test_the_wrapper_is_what_pep_3333_asks_for(tmp_path: Path) -> None:
+    file = file_of(tmp_path / "f", 20_000).open("rb")
+    wrapper = FileWrapper(file)
+    assert not hasattr(wrapper, "__len__")
+    assert wrapper.seekable()
+    assert wrapper.seek(10) == wrapper.tell() == 10
+    assert [len(piece) for piece in wrapper] == [8192, 8192, 20_000 - 10 - 2 * 8192]
+    wrapper.close()
+    assert file.closed
+    plain = FileWrapper(iter)
+    assert not plain.seekable()
+    plain.close()
+
+
+def test_gunicorns_wrapper_is_recognised(serve: Any, tmp_path: Path) -> None:
+    from gunicorn.http.wsgi import FileWrapper as Gunicorns
+
+    path = file_of(tmp_path / "f", BIG)
+    server = serve(file_app(path, ("Content-Length", str(BIG))))
+    server.server.environ["wsgi.file_wrapper"] = Gunicorns
+    with counting() as grown:
+        assert split(server.ask(request()))[2] == path.read_bytes()
+    assert grown.bytes_sendfile == BIG
+
+
+def test_a_file_behind_a_unix_socket(tmp_path: Path) -> None:
+    path = file_of(tmp_path / "f", BIG)
+    with gevent.socket.socket(gevent.socket.AF_UNIX) as listener:
+        listener.bind(os.fspath(tmp_path / "sock"))
+        listener.listen()
+        server = pywsgi.WSGIServer(listener, file_app(path), log=None)
+        server.start()
+        with gevent.socket.socket(gevent.socket.AF_UNIX) as sock, counting() as grown:
+            sock.connect(os.fspath(tmp_path / "sock"))
+            sock.sendall(request().encode())
+            assert split(receive_all(sock))[2] == path.read_bytes()
+        server.stop()
+    assert grown.bytes_sendfile == BIG
