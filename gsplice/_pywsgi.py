@@ -36,15 +36,24 @@ class FileWrapper:
     def __init__(self, filelike: Any, blksize: int = 8192) -> None:
         self.filelike = filelike
         self.blksize = blksize
+        self._left: int | None = None
 
     def __iter__(self) -> FileWrapper:
         return self
 
     def __next__(self) -> bytes:
-        data: bytes = self.filelike.read(self.blksize)
+        if self._left is None:
+            data: bytes = self.filelike.read(self.blksize)
+        else:
+            data = self.filelike.read(min(self.blksize, self._left))
+            self._left -= len(data)
         if not data:
             raise StopIteration
         return data
+
+    def stop_after(self, length: int) -> None:
+        """Give no more than the next *length* bytes, those that Content-Length has promised."""
+        self._left = length
 
     def seekable(self) -> bool:
         """Say whether :meth:`seek` and :meth:`tell` work."""
@@ -82,6 +91,9 @@ def replacements(handler_class: Any) -> SimpleNamespace:
                 response = _FileResponse(self, handler_class)
             except NotOurs as reason:
                 counters.fell_back(reason.args[0])
+                declared = _declared_length(self)
+                if declared is not None and type(self.result) is FileWrapper:
+                    self.result.stop_after(declared)
             else:
                 response.send()
                 return
@@ -103,6 +115,12 @@ def _is_file_wrapper(result: object) -> bool:
     return type(result) is FileWrapper or (
         gunicorn is not None and type(result) is gunicorn.FileWrapper
     )
+
+
+def _declared_length(handler: Any) -> int | None:
+    """Return the Content-Length that the application gave, if it gave one that makes sense."""
+    declared = handler.provided_content_length
+    return int(declared) if declared and declared.isascii() and declared.isdigit() else None
 
 
 class _FileResponse:
@@ -130,8 +148,7 @@ class _FileResponse:
     def _declare_length(self) -> int:
         """Return the length that the headers declare: the application's, or that of the file."""
         handler = self._handler
-        declared = handler.provided_content_length
-        if declared is None:
+        if handler.provided_content_length is None:
             if not self._src.status.st_size:
                 raise NotOurs(
                     "small"
@@ -140,9 +157,10 @@ class _FileResponse:
             handler.provided_content_length = str(length)
             handler.response_headers.append((b"Content-Length", b"%d" % length))
             return length
-        if not (declared.isascii() and declared.isdigit()):
+        declared = _declared_length(handler)
+        if declared is None:
             raise NotOurs("response")
-        return int(declared)
+        return declared
 
     def send(self) -> None:
         """Send headers and body so that a small response is one segment.

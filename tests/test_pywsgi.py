@@ -219,6 +219,16 @@ def test_anything_but_a_plain_file_goes_as_before(serve: Any, tmp_path: Path, ho
     assert ours == serve(unpatched(app)).ask(request())
 
 
+def test_anything_else_is_cut_to_the_declared_length_too(serve: Any) -> None:
+    def app(environ: dict[str, Any], start_response: Callable[..., Any]) -> Any:
+        start_response("200 OK", [("Content-Length", "100000")])
+        return environ["wsgi.file_wrapper"](io.BytesIO(bytes(200_000)), 65536)
+
+    both = serve(app).ask(request(close=False), request(close=False), request())
+    assert both.count(b"HTTP/1.1 200 OK") == 3
+    assert both.count(0) == 300_000
+
+
 def test_a_file_of_unknown_size_is_chunked(serve: Any) -> None:
     server = serve(file_app(Path("/proc/self/status")))
     _, headers, body = split(server.ask(request()))
