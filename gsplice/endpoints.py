@@ -51,11 +51,11 @@ class File:
         return os.lseek(self.fileno(), 0, os.SEEK_CUR) - self.obj.tell()  # type: ignore[no-any-return]
 
     def read_ahead(self, most: int | None) -> bytes:
-        """Take what the object has read ahead, *most* bytes of it, and start where it stands."""
+        """Take what the object has read ahead, *most* bytes of it."""
         ahead = self.ahead()
-        data: bytes = self.obj.read(ahead if most is None else min(ahead, most)) if ahead else b""
-        self.offset = self.obj.tell()
-        return data
+        if not ahead:
+            return b""
+        return self.obj.read(ahead if most is None else min(ahead, most))  # type: ignore[no-any-return]
 
     def flush(self) -> None:
         """Write out what the object has buffered, so that the descriptor stands where it stands."""
@@ -68,14 +68,14 @@ class File:
             self.obj.seek(self.offset)
 
     def leave_sink(self) -> None:
-        """Make the object stand where the descriptor stands."""
+        """Make the object stand where the descriptor stands, after what it may still hold."""
         if not self.obj.closed:
+            self.flush()
             self.obj.seek(os.lseek(self.fileno(), 0, os.SEEK_CUR))
 
-    def write(self, data: bytes) -> None:
-        """Write *data* the ordinary way, all of it."""
-        self.leave_sink()
-        _write_all(self.obj, data)
+    def write_some(self, data: memoryview) -> int:
+        """Write part of *data* the ordinary way, where the descriptor stands; say how much."""
+        return self.raw.write(data)  # type: ignore[no-any-return]
 
     def wait_read(self) -> None:
         """Do nothing: a regular file is always ready."""
@@ -110,9 +110,12 @@ class _Stream:
         if self.obj is not self.raw:
             self.obj.flush()
 
-    def write(self, data: bytes) -> None:
-        """Write all of *data* the ordinary way."""
-        _write_all(self.obj, data)
+    def write_some(self, data: memoryview) -> int:
+        """Write part of *data* the ordinary way; say how much."""
+        written: int | None = self.raw.write(data)
+        if written is None:
+            raise BlockingIOError(errno.EAGAIN, "the destination has been made non-blocking")
+        return written
 
     def leave_source(self) -> None:
         """Do nothing: a stream has no position."""
@@ -138,12 +141,9 @@ class Socket(_Stream):
             raise ValueError("I/O operation on closed file.")
         return self.sock.fileno()  # type: ignore[no-any-return]
 
-    def write(self, data: bytes) -> None:
-        """Send all of *data* the ordinary way."""
-        if self.obj is None:
-            self.sock.sendall(data)
-        else:
-            super().write(data)
+    def write_some(self, data: memoryview) -> int:
+        """Send part of *data* as send() does; say how much."""
+        return self.sock.send(data)  # type: ignore[no-any-return]
 
     def wait_read(self) -> None:
         """Wait as recv() would, with the socket's own watcher and timeout."""
@@ -191,14 +191,3 @@ def _fileno(raw: Any) -> int:
     if raw.closed:
         raise ValueError("I/O operation on closed file.")
     return raw.fileno()  # type: ignore[no-any-return]
-
-
-def _write_all(obj: Any, data: bytes) -> None:
-    """Write all of *data*; a raw file may take less than it is given."""
-    view = memoryview(data)
-    while view:
-        written = obj.write(view)
-        if written is None:
-            raise BlockingIOError(errno.EAGAIN, "the destination has become non-blocking")
-        view = view[written:]
-    obj.flush()

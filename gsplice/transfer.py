@@ -32,6 +32,10 @@ _REFUSALS: Final = frozenset(
 )
 
 
+class _Refused(Exception):
+    """The kernel will not fill a pipe from this source."""
+
+
 class Transfer:
     """One transfer: how much has been delivered, how much may still be, and whose it is."""
 
@@ -94,12 +98,12 @@ def move(transfer: Transfer, src: Endpoint, dst: Endpoint) -> bool:
     if isinstance(src, File) and (reason := _better_read(transfer, src, dst)):
         counters.fell_back(reason)
         return False
-    dst.flush()
-    ahead = src.read_ahead(transfer.limit)
-    if ahead:
-        dst.write(ahead)
-        transfer.moved(len(ahead), "bytes_copied")
+    if isinstance(src, File):
+        src.offset = src.obj.tell()
     try:
+        ahead = src.read_ahead(transfer.limit)
+        dst.flush()
+        write(transfer, dst, ahead, src)
         done = _way(src, dst)(transfer, src, dst)
     finally:
         src.leave_source()
@@ -129,6 +133,22 @@ def _way(src: Endpoint, dst: Endpoint) -> Callable[[Transfer, Any, Any], bool]:
     return through_pool
 
 
+def write(transfer: Transfer, dst: Endpoint, data: bytes, src: Endpoint | None = None) -> None:
+    """Write all of *data*, read from *src*, to *dst*, whose object has nothing buffered.
+
+    Lets out the errors of the ordinary write(); what had not been written then is lost, unless
+    *src* is a file, which is left to stand before it.
+    """
+    view = memoryview(data)
+    while view:
+        written = dst.write_some(view)
+        transfer.check_process()
+        view = view[written:]
+        if isinstance(src, File):
+            src.offset += written
+        transfer.moved(written, "bytes_copied")
+
+
 def send_file(transfer: Transfer, src: File, dst: Socket) -> None:
     """Send from *src*, whose object stands at its offset, until it ends, or the limit.
 
@@ -137,7 +157,8 @@ def send_file(transfer: Transfer, src: File, dst: Socket) -> None:
     try:
         if transfer.room(src.status.st_size - src.offset) > SMALL:
             file_through_memory(transfer, src, dst, src.ahead())
-            file_to_socket(transfer, src, dst)
+            if not file_to_socket(transfer, src, dst):
+                counters.fell_back("refused")
             src.leave_source()
         file_through_memory(transfer, src, dst)  # all, or what has been added in the meantime
     finally:
@@ -178,15 +199,11 @@ def file_through_memory(
     """
     end = None if most is None else transfer.delivered + most
     while (asked := transfer.room(SMALL if end is None else end - transfer.delivered)) > 0:
-        data = memoryview(src.obj.read(asked))
+        data = src.obj.read(asked)
         if not data:
             break
-        while data:
-            sent = dst.sock.send(data)
-            transfer.check_process()
-            data = data[sent:]
-            src.offset += sent
-            transfer.moved(sent, "bytes_copied")
+        write(transfer, dst, data, src)
+        transfer.give_way()
 
 
 def file_to_file(transfer: Transfer, src: File, dst: File) -> bool:
@@ -263,10 +280,8 @@ def through_pool(transfer: Transfer, src: Endpoint, dst: Endpoint) -> bool:
                 return True
             if filled is not None and not drain(transfer, pipe, dst):
                 return False
-        except OSError as err:
-            if err.errno in _REFUSALS and pipe.pending == 0:
-                return False
-            raise
+        except _Refused:
+            return False
         finally:
             pipes.release(pipe)
         if filled is None:
@@ -279,8 +294,8 @@ def fill(pipe: pipes.Pipe, src: Endpoint, asked: int) -> int | None:
     """Splice at most *asked* bytes from *src* into *pipe*, which is empty on entry.
 
     On exit ``pipe.pending`` is what it holds, and returned. 0 is end of file, and nothing else is;
-    None: *src* has nothing now, and the pipe is still empty. Lets out what splice(2) says of *src*,
-    with the pipe still empty.
+    None: *src* has nothing now, and the pipe is still empty. Lets out _Refused, and what splice(2)
+    says of *src*, with the pipe still empty.
     """
     fd = src.fileno()
     pipe.pending = pipes.UNKNOWN  # until the call has told: an exception may come in between
@@ -289,8 +304,10 @@ def fill(pipe: pipes.Pipe, src: Endpoint, asked: int) -> int | None:
     except BlockingIOError:
         pipe.pending = 0
         return None
-    except OSError:
+    except OSError as err:
         pipe.pending = 0  # splice(2) answers with an error only if it moved nothing
+        if err.errno in _REFUSALS:
+            raise _Refused from None
         raise
     return pipe.pending
 
@@ -314,9 +331,8 @@ def drain(transfer: Transfer, pipe: pipes.Pipe, dst: Endpoint) -> bool:
                 raise
             while pipe.pending:
                 data = os.read(pipe.read_fd, pipe.pending)
-                dst.write(data)
                 pipe.pending -= len(data)
-                transfer.moved(len(data), "bytes_copied")
+                write(transfer, dst, data)
             return False
         pipe.pending -= drained
         transfer.moved(drained, "bytes_spliced")
