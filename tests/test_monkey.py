@@ -136,8 +136,11 @@ import _thread
 from gevent._hub_local import get_hub_if_exists
 assert get_hub_if_exists() is None
 assert _thread._count() == 0
-early = {"ssl", "queue", "subprocess", "concurrent.futures", "gevent.fileobject"}
+early = {"ssl", "concurrent.futures", "gevent.fileobject", "gevent.pywsgi"}
 assert not early & set(sys.modules), early & set(sys.modules)
+import warnings, gevent.monkey
+warnings.simplefilter("error", gevent.monkey.MonkeyPatchWarning)
+gevent.monkey.patch_all()
 """)
 
 
