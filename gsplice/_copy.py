@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable
 from typing import Any, Final
 
 from ._stats import counters
 from .endpoints import File
 from .recognise import NotOurs, sink, source, stream_socket
-from .transfer import Transfer, move
+from .transfer import Transfer, finish, move
 
 _READ_SIZE: Final = 64 * 1024
 
@@ -31,6 +32,8 @@ def copy(src: Any, dst: Any, count: int | None = None) -> int:
             raise ValueError(f"count must not be below 0, but is {count!r}")
     read = _method(src, "src", "recv", "read")
     write = _method(dst, "dst", "sendall", "write")
+    if count == 0:
+        return 0
     transfer = Transfer(count)
     try:
         one = stream_socket(src) if _is_socket(src) else source(src)
@@ -38,15 +41,28 @@ def copy(src: Any, dst: Any, count: int | None = None) -> int:
     except NotOurs as reason:
         counters.fell_back(reason.args[0])
     else:
-        if move(transfer, one, other) and not isinstance(one, File):
+        ended = move(transfer, one, other)
+        if isinstance(one, File):
+            finish(transfer, one, other)  # it may be small, or have grown since
+            ended = True
+        if ended:
             return transfer.delivered
     while (asked := transfer.room(_READ_SIZE)) > 0 and (data := read(asked)):
-        view = memoryview(data)
-        while view:
-            written = write(view)
-            view = view[len(view) if written is None else written :]  # sendall() returns None
+        if _is_socket(dst):
+            write(data)
+        else:
+            _write_all(write, data)
         transfer.delivered += len(data)
     return transfer.delivered
+
+
+def _write_all(write: Callable[[Any], int | None], data: bytes) -> None:
+    view = memoryview(data)
+    while view:
+        written = write(view)
+        if written is None:
+            raise BlockingIOError(errno.EAGAIN, "dst is non-blocking and takes no more bytes")
+        view = view[written:]
 
 
 def _is_socket(obj: Any) -> bool:

@@ -65,22 +65,25 @@ def _send_small(sock: Any, file: Any, offset: int, count: int | None) -> int | N
     if (
         type(sock) is not GeventSocket
         or type(file) is not BufferedReader
-        or file.closed
-        or type(file.raw) is not FileIO
         or not overrides_nothing(file)
-        or not overrides_nothing(file.raw)
         or sock.timeout == 0.0
         or sock._sock.type != SOCK_STREAM
         or type(offset) is not int
         or not (count is None or (type(count) is int and count > 0))
     ):
         return None
-    status = os.fstat(file.fileno())
+    try:
+        raw = file.raw
+        status = os.fstat(raw.fileno())
+    except (ValueError, OSError):  # detached or closed
+        return None
+    if type(raw) is not FileIO or not overrides_nothing(raw) or not stat.S_ISREG(status.st_mode):
+        return None
     position = offset or file.tell()
     left = status.st_size - position
     if count is not None and count < left:
         left = count
-    if not 0 < left <= SMALL or not stat.S_ISREG(status.st_mode):
+    if not 0 < left <= SMALL:
         return None
     if offset:
         file.seek(offset)
@@ -117,14 +120,9 @@ def _sendfile_use_sendfile(self: Any, file: Any, offset: int = 0, count: int | N
     src.offset = offset or 0
     transfer = Transfer(count)
     try:
-        if not file_to_socket(transfer, src, dst):
-            raise _GiveupOnSendfile("the kernel refuses sendfile() between these two")
-    except TimeoutError:
-        raise
-    except OSError as err:
-        if not transfer.delivered:
-            raise _GiveupOnSendfile(err) from None
-        raise
+        refused = file_to_socket(transfer, src, dst)
+        if refused is not None and not transfer.delivered:
+            raise _GiveupOnSendfile(refused)
     finally:
         if transfer.delivered:
             src.leave_source()

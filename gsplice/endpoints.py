@@ -145,6 +145,10 @@ class Socket(_Stream):
         """Send part of *data* as send() does; say how much."""
         return self.sock.send(data)  # type: ignore[no-any-return]
 
+    def receive(self, most: int) -> bytes:
+        """Receive what is there, without waiting. Raises BlockingIOError if nothing is."""
+        return self.sock._sock.recv(most)  # type: ignore[no-any-return]
+
     def wait_read(self) -> None:
         """Wait as recv() would, with the socket's own watcher and timeout."""
         try:

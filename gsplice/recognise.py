@@ -97,7 +97,7 @@ class NotOurs(Exception):
 def source(obj: Any) -> Endpoint:
     """Return the end that *obj* reads from. Raises NotOurs."""
     buffer, raw = _layers(obj, "source_type")
-    if not raw.readable():
+    if not buffer.readable():
         raise NotOurs("source_type")
     if type(raw) is SocketIO and raw._timeout_occurred:
         raise NotOurs("timed_out")  # it refuses every further read
@@ -107,7 +107,7 @@ def source(obj: Any) -> Endpoint:
 def sink(obj: Any) -> Endpoint:
     """Return the end that *obj* writes to. Raises NotOurs."""
     buffer, raw = _layers(obj, "destination_type")
-    if not raw.writable():
+    if not buffer.writable():
         raise NotOurs("destination_type")
     end = _endpoint(buffer, raw, "destination_type")
     if type(end) is File and fcntl(end.fileno(), F_GETFL) & os.O_APPEND:

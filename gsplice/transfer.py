@@ -1,9 +1,9 @@
 """The loops that move bytes between two ends: the only room that calls splice and its relatives.
 
-A loop ends in one of three ways. It returns True: the source has ended, or the limit is reached.
-It returns False: the kernel will not go on this way, everything taken in has been delivered, and
-the caller goes on another way. It raises: the ends' own errors (OSError, TimeoutError, ValueError
-for a file closed under way), and whatever is thrown into a greenlet that waits (GreenletExit,
+A loop ends in one of three ways. It returns None: the source has ended, or the limit is reached.
+It returns a reason: this way leads no further; everything taken in has been delivered, and the
+caller goes on another way. It raises: the ends' own errors (OSError, TimeoutError, ValueError for a
+file closed under way), and whatever is thrown into a greenlet that waits (GreenletExit,
 gevent.Timeout). In every case ``Transfer.delivered`` says how many bytes have arrived, and no pipe
 is lent any more.
 """
@@ -104,13 +104,27 @@ def move(transfer: Transfer, src: Endpoint, dst: Endpoint) -> bool:
         ahead = src.read_ahead(transfer.limit)
         dst.flush()
         write(transfer, dst, ahead, src)
-        done = _way(src, dst)(transfer, src, dst)
+        reason = _way(src, dst)(transfer, src, dst)
     finally:
         src.leave_source()
         dst.leave_sink()
-    if not done:
-        counters.fell_back("refused")
-    return done
+    if reason is not None:
+        counters.fell_back(reason)
+    return reason is None
+
+
+def finish(transfer: Transfer, src: File, dst: Endpoint) -> None:
+    """Read and write what *src* still has, after :func:`move`, until it ends or the limit.
+
+    On exit both objects stand where the delivered bytes left them.
+    """
+    src.offset = src.obj.tell()
+    dst.flush()
+    try:
+        file_through_memory(transfer, src, dst)
+    finally:
+        src.leave_source()
+        dst.leave_sink()
 
 
 def _better_read(transfer: Transfer, src: File, dst: Endpoint) -> str | None:
@@ -125,7 +139,7 @@ def _better_read(transfer: Transfer, src: File, dst: Endpoint) -> str | None:
     return None
 
 
-def _way(src: Endpoint, dst: Endpoint) -> Callable[[Transfer, Any, Any], bool]:
+def _way(src: Endpoint, dst: Endpoint) -> Callable[[Transfer, Any, Any], str | None]:
     if isinstance(src, File):
         return file_to_socket if isinstance(dst, Socket) else file_to_file
     if isinstance(src, Pipe) or isinstance(dst, Pipe):
@@ -157,15 +171,16 @@ def send_file(transfer: Transfer, src: File, dst: Socket) -> None:
     try:
         if transfer.room(src.status.st_size - src.offset) > SMALL:
             file_through_memory(transfer, src, dst, src.ahead())
-            if not file_to_socket(transfer, src, dst):
-                counters.fell_back("refused")
+            reason = file_to_socket(transfer, src, dst)
+            if reason is not None:
+                counters.fell_back(reason)
             src.leave_source()
         file_through_memory(transfer, src, dst)  # all, or what has been added in the meantime
     finally:
         src.leave_source()
 
 
-def file_to_socket(transfer: Transfer, src: File, dst: Socket) -> bool:
+def file_to_socket(transfer: Transfer, src: File, dst: Socket) -> str | None:
     """Send from *src*, at its offset, with sendfile(2): nothing is taken in that could be lost.
 
     Never asks for more than the file has: older kernels wait 200 ms for the rest. A file cut short
@@ -179,23 +194,23 @@ def file_to_socket(transfer: Transfer, src: File, dst: Socket) -> bool:
             continue
         except OSError as err:
             if err.errno in _REFUSALS:
-                return False
+                return "refused"
             raise
         if sent == 0:
             break
         src.offset += sent
         transfer.moved(sent, "bytes_sendfile")
         transfer.give_way()
-    return True
+    return None
 
 
 def file_through_memory(
-    transfer: Transfer, src: File, dst: Socket, most: int | None = None
+    transfer: Transfer, src: File, dst: Endpoint, most: int | None = None
 ) -> None:
-    """Send from *src* by reading and sending, as gevent's own sendfile does: *most* bytes, or all.
+    """Read and write, as the original functions do: *most* bytes, or until *src* ends.
 
-    On entry the object stands at the endpoint's offset; on exit by an error it may stand further on
-    than the offset, which is where sending stopped. Lets out the errors of read() and send().
+    On entry *src*'s object stands at its offset; on exit by an error it may stand further on than
+    the offset, which is where delivery stopped. Lets out the errors of read() and write().
     """
     end = None if most is None else transfer.delivered + most
     while (asked := transfer.room(SMALL if end is None else end - transfer.delivered)) > 0:
@@ -206,29 +221,28 @@ def file_through_memory(
         transfer.give_way()
 
 
-def file_to_file(transfer: Transfer, src: File, dst: File) -> bool:
+def file_to_file(transfer: Transfer, src: File, dst: File) -> str | None:
     """Copy from *src*, at its offset, to where *dst* stands: copy_file_range(2), else sendfile(2).
 
-    Any error ends the way, not the transfer: nothing is under way between the calls, so the next
-    way meets the same error and, if there is none after it, the original function raises it.
+    Any error of these ends the way, not the transfer: nothing is under way between the calls, so
+    the next way meets the same error and, if there is none left, the original function raises it.
     """
-    for counter, call in (
-        ("bytes_copy_file_range", _copy_file_range),
-        ("bytes_sendfile", _sendfile_to_file),
-    ):
+    ways = [("bytes_copy_file_range", _copy_file_range), ("bytes_sendfile", _sendfile_to_file)]
+    while (asked := transfer.room(min(PIECE, src.size() - src.offset))) > 0:
+        counter, call = ways[0]
         try:
-            while (asked := transfer.room(min(PIECE, src.size() - src.offset))) > 0:
-                copied = call(src, dst, asked)
-                if copied == 0:
-                    return True
-                src.offset += copied
-                transfer.moved(copied, counter)
-                transfer.give_way()
+            copied = call(src, dst, asked)
         except OSError:
-            transfer.check_process()
+            del ways[0]
+            if not ways:
+                return "refused"
             continue
-        return True
-    return False
+        if copied == 0:
+            break
+        src.offset += copied
+        transfer.moved(copied, counter)
+        transfer.give_way()
+    return None
 
 
 def _copy_file_range(src: File, dst: File, asked: int) -> int:
@@ -239,58 +253,83 @@ def _sendfile_to_file(src: File, dst: File, asked: int) -> int:
     return os.sendfile(dst.fileno(), src.fileno(), src.offset, asked)
 
 
-def directly(transfer: Transfer, src: Endpoint, dst: Endpoint) -> bool:
+def directly(transfer: Transfer, src: Socket | Pipe, dst: Endpoint) -> str | None:
     """Splice between two ends of which one is the caller's own pipe; nothing is borrowed.
 
     EAGAIN does not tell which end is not ready (the caller's pipe may well be full, or stalled), so
     both are waited for, one after the other. Lets out what splice(2) says of the ends.
     """
+    waited = False
     while (asked := transfer.room(PIECE)) > 0:
+        number: int | None
         try:
             number = os.splice(src.fileno(), dst.fileno(), asked, flags=SPLICE_FLAGS)
         except BlockingIOError:
-            transfer.wait(src.wait_read)
-            transfer.wait(dst.wait_write)
-            continue
+            number = None
         except OSError as err:
             if err.errno in _REFUSALS:
-                return False
+                return "refused"
             raise
-        if number == 0:
+        if number:
+            transfer.moved(number, "bytes_spliced")
+            transfer.give_way()
+            waited = False
+        elif (number == 0 or waited) and _is_at_end(transfer, src, dst, asked):
             break
-        transfer.moved(number, "bytes_spliced")
-        transfer.give_way()
-    return True
+        else:
+            transfer.wait(src.wait_read)
+            transfer.wait(dst.wait_write)
+            waited = True
+    return None
 
 
-def through_pool(transfer: Transfer, src: Endpoint, dst: Endpoint) -> bool:
+def through_pool(transfer: Transfer, src: Socket, dst: Endpoint) -> str | None:
     """Splice from *src* to *dst* through a pipe of the pool, lent only while it holds bytes.
 
     The pipe is empty whenever a fill starts, so EAGAIN means one thing at each leg: *src* has
     nothing, or *dst* has no room. Lets out what splice(2) says of the ends.
     """
+    waited = False
     while (asked := transfer.room(PIECE)) > 0:
         pipe = pipes.acquire()
         if pipe is None:
-            counters.fell_back("no_pipe")
-            return False
+            return "no_pipe"
         try:
             filled = fill(pipe, src, asked)
-            if filled == 0:
-                return True
-            if filled is not None and not drain(transfer, pipe, dst):
-                return False
+            if filled and not drain(transfer, pipe, dst):
+                return "refused"
         except _Refused:
-            return False
+            return "refused"
         finally:
             pipes.release(pipe)
-        if filled is None:
+        if filled:
+            transfer.give_way()
+            waited = False
+        elif (filled == 0 or waited) and _is_at_end(transfer, src, dst, asked):
+            break
+        else:
             transfer.wait(src.wait_read)
-        transfer.give_way()
-    return True
+            waited = True
+    return None
 
 
-def fill(pipe: pipes.Pipe, src: Endpoint, asked: int) -> int | None:
+def _is_at_end(transfer: Transfer, src: Socket | Pipe, dst: Endpoint, asked: int) -> bool:
+    """Say whether *src*, from which splice(2) took nothing although it is readable, has ended.
+
+    At TCP's urgent mark splice(2) answers 0 or EAGAIN for ever; recv() goes past it. What it gives
+    is delivered. Lets out the errors of recv() and of the ordinary write.
+    """
+    if isinstance(src, Pipe):
+        return True
+    try:
+        data = src.receive(min(asked, SMALL))
+    except BlockingIOError:
+        return False
+    write(transfer, dst, data)
+    return not data
+
+
+def fill(pipe: pipes.Pipe, src: Socket, asked: int) -> int | None:
     """Splice at most *asked* bytes from *src* into *pipe*, which is empty on entry.
 
     On exit ``pipe.pending`` is what it holds, and returned. 0 is end of file, and nothing else is;
