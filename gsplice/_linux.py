@@ -11,13 +11,13 @@ from typing import Any, Final
 LINUX: Final = sys.platform == "linux"
 
 if sys.platform == "linux":
-    from fcntl import F_GETFL, F_GETPIPE_SZ, F_SETPIPE_SZ, fcntl
+    from fcntl import F_GETFL, F_GETPIPE_SZ, F_SETPIPE_SZ, fcntl, ioctl
     from socket import AF_UNIX
 
     SPLICE_FLAGS: Final = os.SPLICE_F_MOVE | os.SPLICE_F_NONBLOCK
 else:
     F_GETFL = F_GETPIPE_SZ = F_SETPIPE_SZ = SPLICE_FLAGS = 0
-    AF_UNIX = fcntl = None
+    AF_UNIX = fcntl = ioctl = None
 
 __all__ = [
     "AF_UNIX",
@@ -28,6 +28,7 @@ __all__ = [
     "SPLICE_FLAGS",
     "fcntl",
     "in_forked_child",
+    "ioctl",
 ]
 
 

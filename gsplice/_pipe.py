@@ -72,17 +72,22 @@ class Pipe:
         self.seen = 0
         alive[key] = weakref.ref(self)
 
-    def close(
+    def close(self) -> None:
+        """Close both ends, once: later calls, from whichever thread, do nothing.
+
+        What the pipe still holds is lost. A pipe that has been released is the pool's to close, and
+        stays as it is. Raises nothing: close(2) releases the descriptor of a pipe whatever it says.
+        """
+        if self.pending != IDLE:
+            self.discard()
+
+    def discard(
         self,
         _forget: Callable[..., object] = alive.pop,
         _close: Callable[[int], None] = _close,
         _closed_uses: deque[int] = closed_uses,
     ) -> None:
-        """Close both ends, once: later calls, from whichever thread, do nothing.
-
-        What the pipe still holds is lost. Raises nothing: close(2) releases the descriptor of a
-        pipe whatever it returns.
-        """
+        """Close it, idle or not: for the pool, once it has taken the pipe out of its lists."""
         if _forget(self._key, None) is None:
             return
         read_fd, write_fd = self.read_fd, self.write_fd
@@ -91,7 +96,7 @@ class Pipe:
         _close(read_fd)
         _close(write_fd)
 
-    __del__ = close
+    __del__ = discard
 
     def __repr__(self) -> str:
         return (

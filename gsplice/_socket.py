@@ -72,12 +72,11 @@ def _send_small(sock: Any, file: Any, offset: int, count: int | None) -> int | N
         or not (count is None or (type(count) is int and count > 0))
     ):
         return None
-    try:
-        raw = file.raw
-        status = os.fstat(raw.fileno())
-    except (ValueError, OSError):  # detached or closed
+    raw = file.raw
+    if type(raw) is not FileIO or raw.closed or not overrides_nothing(raw):
         return None
-    if type(raw) is not FileIO or not overrides_nothing(raw) or not stat.S_ISREG(status.st_mode):
+    status = os.fstat(raw.fileno())
+    if not stat.S_ISREG(status.st_mode):
         return None
     position = offset or file.tell()
     left = status.st_size - position

@@ -16,6 +16,10 @@ from typing import Any
 
 from gevent import socket as gsocket
 
+from ._linux import ioctl
+
+_SIOCATMARK = 0x8905
+
 
 class File:
     """A regular file. The kernel reads at :attr:`offset` and writes where the descriptor stands."""
@@ -148,6 +152,14 @@ class Socket(_Stream):
     def receive(self, most: int) -> bytes:
         """Receive what is there, without waiting. Raises BlockingIOError if nothing is."""
         return self.sock._sock.recv(most)  # type: ignore[no-any-return]
+
+    def at_urgent_mark(self) -> bool:
+        """Say whether the next byte is at TCP's urgent mark (tcp(7), SIOCATMARK)."""
+        try:
+            mark = ioctl(self.fileno(), _SIOCATMARK, bytes(4))
+        except OSError:  # a Unix socket without urgent data
+            return False
+        return mark != bytes(4)
 
     def wait_read(self) -> None:
         """Wait as recv() would, with the socket's own watcher and timeout."""

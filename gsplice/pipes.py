@@ -11,6 +11,7 @@ guards what depends on a count (is there room for one more?), never a descriptor
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import weakref
 from collections.abc import Callable
@@ -26,7 +27,9 @@ from .config import LOW_WATER, RECLAIM_PERIOD, Settings, settings
 
 __all__ = ["IDLE", "UNKNOWN", "Pipe", "acquire", "census", "reclaim", "release"]
 
-_new_lock: Callable[[], Any] = get_original("_thread", "allocate_lock")  # never gevent's
+# Native, never gevent's. Re-entrant, as a finalizer or a signal handler that uses the pool may run
+# while this very thread holds it.
+_new_lock: Callable[[], Any] = get_original("_thread", "RLock")
 
 _lock = _new_lock()
 _shared: Final[list[Pipe]] = []
@@ -73,24 +76,25 @@ def release(pipe: Pipe) -> None:
 
 
 def _acquire_elsewhere() -> Pipe | None:
-    home = _settle()
+    _settle().watch()
     with _lock:
-        if _shared:
+        try:
             pipe = _shared.pop()
+        except IndexError:
+            key = reserve(settings.max_pipes)
+        else:
             _counts["acquired_global"] += 1
             pipe.uses += 1
             pipe.pending = 0
             return pipe
-        key = reserve(settings.max_pipes)
         if key is None:
             return None
         _counts["acquired_new"] += 1
+        _add_up_closed()
     new = make(key)
     if new is None:
         with _lock:
             _counts["acquired_new"] -= 1
-    else:
-        home.watch()
     return new
 
 
@@ -113,8 +117,11 @@ def _hand_over(
 
     Takes no lock, and no name of this module: it runs in finalizers, even at exit.
     """
-    while idle and len(shared) < settings.max_idle:
-        shared.append(idle.pop())
+    try:
+        while len(shared) < settings.max_idle:
+            shared.append(idle.pop())
+    except IndexError:
+        return
     idle.clear()
 
 
@@ -179,7 +186,7 @@ def reclaim() -> None:
                 except ValueError:  # its hub has just taken it
                     continue
                 spare -= 1
-                pipe.close()
+                pipe.discard()
 
 
 def _idle_lists() -> list[list[Pipe]]:
@@ -208,15 +215,21 @@ def _after_fork_in_child() -> None:
     for ref in tuple(alive.values()):
         pipe = ref() if ref is not None else None
         if pipe is not None:
-            pipe.close()
+            pipe.discard()
     alive.clear()
+
+
+def _add_up_closed() -> None:
+    """Count the uses of the pipes that were closed since the last time. Called under the lock."""
+    with contextlib.suppress(IndexError):
+        while True:
+            _counts["closed_uses"] += closed_uses.popleft()
 
 
 def census() -> dict[str, int]:
     """Return the pool's part of :class:`gsplice.Stats`."""
     with _lock:
-        while closed_uses:
-            _counts["closed_uses"] += closed_uses.popleft()
+        _add_up_closed()
         now_open = alive.copy()
         idle = sum(map(len, _idle_lists()))
         created, shared = _counts["acquired_new"], _counts["acquired_global"]

@@ -139,10 +139,7 @@ def _layers(obj: Any, reason: str) -> tuple[Any, Any]:
     if role is _BUFFER:
         if not overrides_nothing(obj):
             raise NotOurs(reason)
-        try:
-            raw = obj.raw
-        except ValueError:
-            raise NotOurs("closed") from None  # detached
+        raw = obj.raw  # None if it was detached
         role = _role(type(raw))
     if role is not _RAW or not overrides_nothing(raw):
         raise NotOurs(reason)
@@ -157,7 +154,10 @@ def overrides_nothing(obj: Any) -> bool:
 
 
 def _role(cls: type) -> str | None:
-    role = _known.get(cls)
+    try:
+        role = _known.get(cls)
+    except TypeError:  # its metaclass makes classes that can't be hashed
+        return None
     if role is None:
         role = _BY_NAME.get((cls.__module__, cls.__name__))
         if role is not None:

@@ -274,7 +274,7 @@ def directly(transfer: Transfer, src: Socket | Pipe, dst: Endpoint) -> str | Non
             transfer.moved(number, "bytes_spliced")
             transfer.give_way()
             waited = False
-        elif (number == 0 or waited) and _is_at_end(transfer, src, dst, asked):
+        elif (number == 0 or waited) and _has_ended(transfer, src, dst, asked, number):
             break
         else:
             transfer.wait(src.wait_read)
@@ -305,7 +305,7 @@ def through_pool(transfer: Transfer, src: Socket, dst: Endpoint) -> str | None:
         if filled:
             transfer.give_way()
             waited = False
-        elif (filled == 0 or waited) and _is_at_end(transfer, src, dst, asked):
+        elif (filled == 0 or waited) and _has_ended(transfer, src, dst, asked, filled):
             break
         else:
             transfer.wait(src.wait_read)
@@ -313,14 +313,18 @@ def through_pool(transfer: Transfer, src: Socket, dst: Endpoint) -> str | None:
     return None
 
 
-def _is_at_end(transfer: Transfer, src: Socket | Pipe, dst: Endpoint, asked: int) -> bool:
-    """Say whether *src*, from which splice(2) took nothing although it is readable, has ended.
+def _has_ended(
+    transfer: Transfer, src: Socket | Pipe, dst: Endpoint, asked: int, spliced: int | None
+) -> bool:
+    """Say whether *src* has ended, from which splice(2) took nothing although it is readable.
 
-    At TCP's urgent mark splice(2) answers 0 or EAGAIN for ever; recv() goes past it. What it gives
-    is delivered. Lets out the errors of recv() and of the ordinary write.
+    At TCP's urgent mark splice(2) answers 0 or EAGAIN (*spliced* is None) for ever; recv() goes on
+    behind it. What it gives is delivered. Lets out the errors of recv() and of the ordinary write.
     """
     if isinstance(src, Pipe):
-        return True
+        return spliced == 0
+    if spliced is None and not src.at_urgent_mark():
+        return False
     try:
         data = src.receive(min(asked, SMALL))
     except BlockingIOError:
