@@ -96,7 +96,8 @@ class Pipe:
         _close(read_fd)
         _close(write_fd)
 
-    __del__ = discard
+    # Not of one that the pool has: a finalizer may have released it a moment before this one runs.
+    __del__ = close
 
     def __repr__(self) -> str:
         return (

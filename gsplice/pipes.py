@@ -113,16 +113,19 @@ def _release_elsewhere(pipe: Pipe) -> None:
 def _hand_over(
     idle: list[Pipe], shared: list[Pipe] = _shared, settings: Settings = settings
 ) -> None:
-    """Move what is in *idle* to the shared list, as far as that has room, and drop the rest.
+    """Move what is in *idle* to the shared list, as far as that has room, and close the rest.
 
     Takes no lock, and no name of this module: it runs in finalizers, even at exit.
     """
-    try:
-        while len(shared) < settings.max_idle:
-            shared.append(idle.pop())
-    except IndexError:
-        return
-    idle.clear()
+    while True:
+        try:
+            pipe = idle.pop()
+        except IndexError:
+            return
+        if len(shared) < settings.max_idle:
+            shared.append(pipe)
+        else:
+            pipe.discard()
 
 
 class _Home:
@@ -194,6 +197,12 @@ def _idle_lists() -> list[list[Pipe]]:
     return [*(home.idle for home in homes), _shared]
 
 
+def _open_pipes() -> set[Pipe]:
+    """Return every open pipe. One that a finalizer has released is only found in its list."""
+    found = {pipe for ref in alive.copy().values() if ref is not None and (pipe := ref())}
+    return found.union(*_idle_lists())
+
+
 def _on_gc(phase: str, info: dict[str, int]) -> None:
     if phase == "stop" and info["generation"] == 2:
         reclaim()
@@ -210,13 +219,11 @@ def _after_fork_in_child() -> None:
     """Close the parent's pipes, idle or lent: with both at work on one, both lose bytes."""
     global _lock
     _lock = _new_lock()
+    for pipe in _open_pipes():
+        pipe.discard()
+    alive.clear()
     for idle in _idle_lists():
         idle.clear()
-    for ref in tuple(alive.values()):
-        pipe = ref() if ref is not None else None
-        if pipe is not None:
-            pipe.discard()
-    alive.clear()
 
 
 def _add_up_closed() -> None:
@@ -230,15 +237,14 @@ def census() -> dict[str, int]:
     """Return the pool's part of :class:`gsplice.Stats`."""
     with _lock:
         _add_up_closed()
-        now_open = alive.copy()
+        now_open = len(alive)
         idle = sum(map(len, _idle_lists()))
+        uses = _counts["closed_uses"] + sum(pipe.uses for pipe in _open_pipes())
         created, shared = _counts["acquired_new"], _counts["acquired_global"]
-    open_pipes = [pipe for ref in now_open.values() if ref is not None and (pipe := ref())]
-    uses = _counts["closed_uses"] + sum(pipe.uses for pipe in open_pipes)
     return {
         "pipes_created": created,
-        "pipes_closed": created - len(now_open),
-        "pipes_in_use": len(now_open) - idle,
+        "pipes_closed": created - now_open,
+        "pipes_in_use": now_open - idle,
         "pipes_idle": idle,
         "acquired_local": uses - created - shared,
         "acquired_global": shared,
