@@ -8,7 +8,6 @@ its back. What an object really is, :mod:`gsplice.recognise` finds out.
 
 from __future__ import annotations
 
-import errno
 import io
 import os
 from collections.abc import Callable
@@ -97,14 +96,15 @@ class _Stream:
         self.raw = raw
 
     def read_ahead(self, most: int | None) -> bytes:
-        """Take what the object has read ahead, *most* bytes of it.
-
-        A buffer that is empty reads once to answer, so this may wait; b"" may be end of file, which
-        the next read meets again.
-        """
+        """Take what the object has read ahead, *most* bytes of it. Neither reads nor waits."""
         if self.obj is self.raw:
             return b""
-        data: bytes = self.obj.peek(1)
+        # An empty buffer would read, and wait, to answer; nothing but this asks it what it has.
+        self.raw.readinto = _nothing_yet
+        try:
+            data: bytes = self.obj.peek(1)
+        finally:
+            del self.raw.readinto
         if most is not None:
             data = data[:most]
         return self.obj.read(len(data))  # type: ignore[no-any-return]
@@ -113,13 +113,6 @@ class _Stream:
         """Write out what the object has buffered."""
         if self.obj is not self.raw:
             self.obj.flush()
-
-    def write_some(self, data: memoryview) -> int:
-        """Write part of *data* the ordinary way; say how much."""
-        written: int | None = self.raw.write(data)
-        if written is None:
-            raise BlockingIOError(errno.EAGAIN, "the destination has been made non-blocking")
-        return written
 
     def leave_source(self) -> None:
         """Do nothing: a stream has no position."""
@@ -146,8 +139,8 @@ class Socket(_Stream):
         return self.sock.fileno()  # type: ignore[no-any-return]
 
     def write_some(self, data: memoryview) -> int:
-        """Send part of *data* as send() does; say how much."""
-        return self.sock.send(data)  # type: ignore[no-any-return]
+        """Send part of *data*; say how much. Raises BlockingIOError when there is no room."""
+        return self.sock._sock.send(data)  # type: ignore[no-any-return]
 
     def receive(self, most: int) -> bytes:
         """Receive what is there, without waiting. Raises BlockingIOError if nothing is."""
@@ -184,6 +177,10 @@ class Pipe(_Stream):
         """Return the descriptor. Raises ValueError when the file has been closed."""
         return _fileno(self.raw)
 
+    def write_some(self, data: memoryview) -> int:
+        """Write part of *data*; say how much. Raises BlockingIOError when there is no room."""
+        return os.write(self.fileno(), data)
+
     def wait_read(self) -> None:
         """Wait until the pipe has bytes, or has lost its last writer."""
         self._wait("_read_watcher", gsocket.wait_read)
@@ -201,6 +198,10 @@ class Pipe(_Stream):
 
 
 Endpoint = File | Socket | Pipe
+
+
+def _nothing_yet(buffer: object) -> None:
+    """Answer as a raw file that is non-blocking and has nothing to read (io.RawIOBase.readinto)."""
 
 
 def _fileno(raw: Any) -> int:

@@ -155,8 +155,11 @@ def write(transfer: Transfer, dst: Endpoint, data: bytes, src: Endpoint | None =
     """
     view = memoryview(data)
     while view:
-        written = dst.write_some(view)
-        transfer.check_process()
+        try:
+            written = dst.write_some(view)
+        except BlockingIOError:
+            transfer.wait(dst.wait_write)
+            continue
         view = view[written:]
         if isinstance(src, File):
             src.offset += written
