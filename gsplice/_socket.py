@@ -124,5 +124,5 @@ def _sendfile_use_sendfile(self: Any, file: Any, offset: int = 0, count: int | N
             raise _GiveupOnSendfile(refused)
     finally:
         if transfer.delivered:
-            src.leave_source()
+            transfer.leave(src, dst)
     return transfer.delivered

@@ -76,13 +76,23 @@ class Transfer:
                 gevent.sleep(0)
                 self.check_process()
 
-    def check_process(self) -> None:
-        """Raise in a forked child: the transfer, its descriptors and its peer are the parent's.
+    def leave(self, src: Endpoint, dst: Endpoint) -> None:
+        """Make both objects stand where the delivered bytes left them.
 
-        The process is asked for, because a handler that runs after the fork before ours may switch
-        to this greenlet.
+        Not in a forked child, which shares the position of every file with its parent.
         """
-        if os.getpid() != self._process:
+        if self._is_ours():
+            src.leave_source()
+            dst.leave_sink()
+
+    def _is_ours(self) -> bool:
+        # Asked for, not noted by a handler after the fork: another handler that runs before ours
+        # may switch to this greenlet.
+        return os.getpid() == self._process
+
+    def check_process(self) -> None:
+        """Raise in a forked child: the transfer, its descriptors and its peer are the parent's."""
+        if not self._is_ours():
             raise OSError(
                 errno.ECANCELED,
                 "transfer was under way in the parent process when this one was forked",
@@ -106,8 +116,7 @@ def move(transfer: Transfer, src: Endpoint, dst: Endpoint) -> bool:
         write(transfer, dst, ahead, src)
         reason = _way(src, dst)(transfer, src, dst)
     finally:
-        src.leave_source()
-        dst.leave_sink()
+        transfer.leave(src, dst)
     if reason is not None:
         counters.fell_back(reason)
     return reason is None
@@ -123,8 +132,7 @@ def finish(transfer: Transfer, src: File, dst: Endpoint) -> None:
     try:
         file_through_memory(transfer, src, dst)
     finally:
-        src.leave_source()
-        dst.leave_sink()
+        transfer.leave(src, dst)
 
 
 def _better_read(transfer: Transfer, src: File, dst: Endpoint) -> str | None:
@@ -180,7 +188,7 @@ def send_file(transfer: Transfer, src: File, dst: Socket) -> None:
             src.leave_source()
         file_through_memory(transfer, src, dst)  # all, or what has been added in the meantime
     finally:
-        src.leave_source()
+        transfer.leave(src, dst)
 
 
 def file_to_socket(transfer: Transfer, src: File, dst: Socket) -> str | None:

@@ -6,6 +6,8 @@ import contextlib
 import hashlib
 import os
 import random
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -115,3 +117,17 @@ def open_descriptors() -> int:
 def digest(data: bytes) -> str:
     """Return a short name for *data*, for messages that a person can read."""
     return f"{len(data)} bytes {hashlib.sha256(data).hexdigest()[:12]}"
+
+
+def run_program(program: str, *arguments: object, **environ: object) -> str:
+    """Run *program* in an interpreter of its own, which ends well and silently; what it printed."""
+    done = subprocess.run(
+        [sys.executable, "-W", "error::ResourceWarning", "-c", program, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=100,
+        env=os.environ | {name: str(value) for name, value in environ.items()},
+    )
+    assert done.stderr == ""
+    assert done.returncode == 0
+    return done.stdout

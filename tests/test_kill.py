@@ -1,0 +1,334 @@
+"""An exception at every switch of every kind of transfer: nothing leaks, nothing gets mixed up."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import gevent
+import gevent.socket
+import greenlet
+import pytest
+from conftest import digest, open_descriptors, receive_all, receiver, some_bytes
+from ends import FILES, GUARD, Ends, KiB, MiB, is_waited_for, until
+from gevent.monkey import get_original
+
+import gsplice
+
+unpatched_copyfileobj = get_original("shutil", "copyfileobj")
+
+
+class Stop(BaseException):
+    """An exception that nobody expects."""
+
+
+EXCEPTIONS: dict[str, Callable[[], BaseException]] = {
+    "killed": greenlet.GreenletExit,
+    "timed out": gevent.Timeout,
+    "timed out with an OSError": lambda: TimeoutError("not the socket's"),
+    "stopped": Stop,
+}
+
+#: Two kinds of end, and how much to move so that there are some switches.
+TRANSFERS = {
+    f"{source} to {sink}": (source, sink, size)
+    for source, sink, size in [
+        ("file", "bare_unix", 400 * KiB),
+        ("file", "bare_tcp", 9 * MiB),
+        ("file", "unix", 400 * KiB),
+        ("file", "file", 9 * MiB),
+        ("unix", "file", 200 * KiB),
+        ("tcp", "tcp", 5 * MiB),
+        ("bare_unix", "bare_unix", 200 * KiB),
+        ("unix", "pipe", 300 * KiB),
+        ("pipe", "unix", 300 * KiB),
+        ("pipe", "pipe", 300 * KiB),
+        ("pipe", "file", 300 * KiB),
+        ("stdlib_popen", "unix", 300 * KiB),
+        ("file", "pipe", 300 * KiB),
+    ]
+}
+
+
+@contextlib.contextmanager
+def exception_at_switch(number: int, exception: BaseException) -> Iterator[list[Any]]:
+    """Throw *exception* into a greenlet when it has switched away for the *number*-th time.
+
+    The greenlet is the one that is put into the list, which then gets a mark for each switch.
+    """
+    watched: list[Any] = []
+
+    def trace(event: str, args: tuple[Any, Any]) -> None:
+        if watched and args[0] is watched[0] and not watched[0].dead:
+            watched.append(event)
+            if len(watched) == number + 1:
+                watched[0].kill(exception, block=False)
+
+    before = greenlet.settrace(trace)
+    try:
+        yield watched
+    finally:
+        greenlet.settrace(before)
+
+
+def move(src: Any, dst: Any) -> int:
+    if isinstance(dst, gevent.socket.socket) and getattr(src, "seekable", bool)():
+        return dst.sendfile(src)
+    return gsplice.copy(src, dst)
+
+
+def attempt(
+    directory: Path, kinds: tuple[str, str, int], number: int, exception: BaseException
+) -> bool:
+    """Run a transfer with *exception* at its *number*-th switch; say whether it got there."""
+    source, sink, size = kinds
+    data = some_bytes(size)
+    # TCP with little room stalls for longer than it takes to move the bytes
+    with Ends(directory, buffers=None if "tcp" in source + sink else 4 * KiB) as ends:
+        src = ends.source(source, data)
+        dst, finish = ends.sink(sink)
+        with exception_at_switch(number, exception) as watched:
+            moving = gevent.spawn(move, src, dst)
+            watched.append(moving)
+            with gevent.Timeout(GUARD):
+                moving.join()
+            happened = len(watched) > number
+        assert gsplice.stats().pipes_in_use == 0
+        if moving.successful() and not isinstance(moving.value, greenlet.GreenletExit):
+            assert moving.value == size
+            assert not happened or moving.value == size
+            sent = size
+        else:
+            assert happened
+            assert moving.exception in (exception, None), moving.exception
+            sent = None
+        position = src.tell() if source in FILES else None
+        written = dst.tell() if sink in FILES else None
+        arrived = finish()
+        assert data.startswith(arrived), digest(arrived)
+        assert sent in (None, len(arrived))
+        assert written in (None, len(arrived))
+        if sink != "pipe" or source != "file":
+            # (the original copies from a file to a pipe, and leaves the file as it likes)
+            assert position in (None, len(arrived))
+    return happened and sent is None
+
+
+def assert_clean(directory: Path) -> None:
+    """Pass if a transfer on new sockets gets its own bytes and no others."""
+    data = some_bytes(100 * KiB, seed=2)
+    with Ends(directory) as ends:
+        dst, finish = ends.sink("tcp")
+        gsplice.copy(ends.source("unix", data), dst)
+        assert digest(finish()) == digest(data)
+
+
+def quickly(first: int, most: int) -> Iterator[int]:
+    """Yield every number at first, then fewer and fewer."""
+    number = first
+    while number < most:
+        yield number
+        number += 1 + number // 6
+
+
+def run_through(
+    directory: Path, transfer: str, exception: str, numbers: Iterator[int]
+) -> tuple[int, int]:
+    kinds = TRANSFERS[transfer]
+    attempt(directory, kinds, 1 << 30, Stop())  # opens what is opened once
+    before = open_descriptors()
+    tried = failed = 0
+    for number in numbers:
+        tried += 1
+        if not attempt(directory, kinds, number, EXCEPTIONS[exception]()):
+            break
+        failed += 1
+        assert open_descriptors() <= before + gsplice.stats().pipes_idle * 2
+        assert_clean(directory)
+    return tried, failed
+
+
+@pytest.fixture(autouse=True)
+def quiet(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killing hundreds of greenlets need not fill the log."""
+    monkeypatch.setattr(gevent.get_hub(), "print_exception", lambda *args: None)
+
+
+@pytest.mark.parametrize("exception", EXCEPTIONS)
+@pytest.mark.parametrize("transfer", TRANSFERS)
+def test_an_exception_at_some_switches(tmp_path: Path, transfer: str, exception: str) -> None:
+    tried, failed = run_through(tmp_path, transfer, exception, quickly(1, 1000))
+    assert failed > 0
+    assert tried == failed + 1  # it went on until the transfer survived
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("exception", EXCEPTIONS)
+@pytest.mark.parametrize("transfer", TRANSFERS)
+def test_an_exception_at_every_switch(tmp_path: Path, transfer: str, exception: str) -> None:
+    tried, failed = run_through(tmp_path, transfer, exception, iter(range(1, 10_000)))
+    assert failed > 0
+    assert tried == failed + 1
+
+
+# ---- closed by another greenlet, and the number taken at once by something else
+
+
+class Victim:
+    """An open file that has got the descriptor of something just closed."""
+
+    def __init__(self, directory: Path, wanted: int) -> None:
+        self.path = directory / "victim"
+        self.path.write_bytes(b"untouched")
+        self.files = []
+        while True:
+            # a pipe would also do, but bytes that get into a file stay to be seen
+            self.files.append(os.open(self.path, os.O_RDWR))
+            if self.files[-1] >= wanted:
+                break
+        self.fd = self.files[-1]
+
+    def check(self) -> None:
+        try:
+            assert self.path.read_bytes() == b"untouched"
+            assert os.lseek(self.fd, 0, os.SEEK_CUR) == 0
+        finally:
+            for fd in self.files:
+                os.close(fd)
+
+
+@pytest.mark.parametrize("source", ["file", "bare_tcp", "tcp", "pipe"])
+def test_a_destination_closed_under_way(tmp_path: Path, source: str) -> None:
+    with Ends(tmp_path, buffers=16 * KiB) as ends:
+        src = ends.source(source, some_bytes(2 * MiB))
+        sock, peer = ends.connect()
+        moving = ends.spawn(move, src, sock)
+        until(lambda sock=sock: is_waited_for(sock))
+        number = sock.fileno()
+        sock.close()
+        until(lambda: not os.path.exists(f"/proc/self/fd/{number}"))
+        victim = Victim(tmp_path, number)
+        assert victim.fd == number
+        with pytest.raises(OSError, match="closed"):
+            moving.get(timeout=GUARD)
+        arrived = receive_all(peer)
+        victim.check()
+    assert some_bytes(2 * MiB).startswith(arrived)
+    assert gsplice.stats().pipes_in_use == 0
+    assert_clean(tmp_path)
+
+
+def test_a_source_socket_closed_under_way(tmp_path: Path) -> None:
+    with Ends(tmp_path) as ends:
+        sock, peer = ends.connect()
+        dst, finish = ends.sink("file")
+        moving = ends.spawn(gsplice.copy, sock, dst)
+        peer.sendall(b"before")
+        until(lambda: os.fstat(dst.fileno()).st_size == 6)
+        until(lambda: is_waited_for(sock, "read"))
+        number = sock.fileno()
+        sock.close()
+        until(lambda: not os.path.exists(f"/proc/self/fd/{number}"))
+        victim = Victim(tmp_path, number)
+        with pytest.raises(OSError, match="closed"):
+            moving.get(timeout=GUARD)
+        victim.check()
+        assert finish() == b"before"
+
+
+@pytest.mark.parametrize("which", ["source", "destination"])
+@pytest.mark.parametrize(
+    ("source", "sink"), [("file", "file"), ("file", "bare_tcp"), ("bare_tcp", "file")]
+)
+def test_an_end_closed_while_a_transfer_gives_way(
+    tmp_path: Path, source: str, sink: str, which: str
+) -> None:
+    """The transfer is ready to go on, not waiting, and must ask for the descriptor again."""
+    size = 64 * MiB
+    with Ends(tmp_path) as ends:
+        src = ends.source(source, bytes(size))
+        dst, _ = ends.sink(sink)
+        victims = []
+
+        def close() -> None:
+            end = src if which == "source" else dst
+            number = end.fileno()
+            end.close()
+            while os.path.exists(f"/proc/self/fd/{number}"):
+                gevent.sleep(0)
+            victims.append(Victim(tmp_path, number))
+
+        moving = ends.spawn(move, src, dst)
+        closing = ends.spawn(close)
+        with pytest.raises((ValueError, OSError)):
+            moving.get(timeout=GUARD)
+        closing.get(timeout=GUARD)
+        victims[0].check()
+    assert gsplice.stats().pipes_in_use == 0
+
+
+@pytest.mark.parametrize("end", ["reader", "writer"])
+def test_a_pipe_closed_under_way(tmp_path: Path, end: str) -> None:
+    results = []
+    for copy in (gsplice.copyfileobj, unpatched_copyfileobj):
+        with Ends(tmp_path) as ends:
+            reader, writer = ends.pipe(buffering=0)
+            if end == "reader":
+                ours, watcher = reader, reader._read_watcher
+                moving = ends.spawn(copy, reader, ends.sink("unix")[0])
+            else:
+                ours, watcher = writer, writer._write_watcher
+                moving = ends.spawn(copy, ends.source("unix", bytes(1 * MiB)), writer)
+            until(lambda watcher=watcher: watcher.callback is not None)
+            number = ours.fileno()
+            ends.spawn(ours.close)
+            until(lambda number=number: not os.path.exists(f"/proc/self/fd/{number}"))
+            victim = Victim(tmp_path, number)
+            moving.join(GUARD)
+            results.append(type(moving.exception))
+            victim.check()
+    assert results[0] == results[1]
+    assert results[0] is not type(None)
+
+
+def test_a_broken_connection_leaves_no_byte_for_the_next(tmp_path: Path) -> None:
+    for seed in range(20):
+        with Ends(tmp_path, buffers=16 * KiB) as ends:
+            src = ends.source("bare_unix", some_bytes(1 * MiB, seed))
+            sock, peer = ends.connect("unix")
+            moving = ends.spawn(gsplice.copy, src, sock)
+            until(lambda sock=sock: is_waited_for(sock))
+            peer.close()
+            moving.join(GUARD)
+            assert isinstance(moving.exception, OSError)
+        assert_clean(tmp_path)
+
+
+def test_many_killed_at_once_leave_nothing(tmp_path: Path) -> None:
+    before = open_descriptors()
+    with Ends(tmp_path, buffers=4 * KiB) as ends:
+        moving = []
+        for seed in range(50):
+            sock, _ = ends.connect("unix")
+            src = ends.source("unix" if seed % 2 else "file", some_bytes(300 * KiB, seed))
+            moving.append(gevent.spawn(move, src, sock))
+            until(lambda sock=sock: is_waited_for(sock))
+        assert gsplice.stats().pipes_in_use == 25
+        gevent.killall(moving, timeout=GUARD)
+        assert gsplice.stats().pipes_in_use == 0
+    assert open_descriptors() <= before + gsplice.stats().pipes_idle * 2
+    with Ends(tmp_path) as ends:
+        arrived = []
+        for seed in range(50):
+            sock, peer = ends.connect("unix")
+            arrived.append(receiver(peer))
+            ends.spawn(
+                lambda src, sock: (gsplice.copy(src, sock), sock.close()),
+                ends.source("unix", some_bytes(300 * KiB, 100 + seed)),
+                sock,
+            )
+        for seed, greenlet_ in enumerate(arrived):
+            assert digest(greenlet_.get(timeout=GUARD)) == digest(some_bytes(300 * KiB, 100 + seed))

@@ -1,0 +1,1185 @@
+"""The pool: where pipes come from, where they go, and that none is lost on the way."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import os
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from fcntl import F_GETFD, F_GETFL, F_GETPIPE_SZ, FD_CLOEXEC, fcntl
+from typing import Any
+
+import gevent
+import pytest
+from conftest import counting, receiver, run_program, some_bytes
+from hypothesis import HealthCheck
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+import gsplice
+from gsplice import _pipe, pipes
+from gsplice.config import LOW_WATER, settings
+from gsplice.pipes import IDLE, UNKNOWN, Pipe, acquire, release
+
+KiB = 1024
+MiB = 1024 * KiB
+
+
+def empty_the_pool() -> None:
+    """Close every idle pipe."""
+    for idle in pipes._idle_lists():
+        while idle:
+            idle.pop().discard()
+
+
+@pytest.fixture
+def limits(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
+    """Start with an empty pool; the fixture's value sets its limits until the end of the test."""
+
+    def limit(**values: int) -> None:
+        for name, value in values.items():
+            monkeypatch.setattr(settings, name, value)
+        monkeypatch.setattr(pipes, "_room", settings.max_idle_hub)
+
+    release(lend())  # the thread has its list now
+    empty_the_pool()
+    yield limit
+    gc.collect()  # what pytest.raises() has kept
+    empty_the_pool()
+
+
+def lend() -> Pipe:
+    pipe = acquire()
+    assert pipe is not None
+    return pipe
+
+
+def in_thread(function: Callable[[], Any]) -> Any:
+    """Run *function* in a native thread to the thread's end and return what it returned."""
+    results: list[Any] = []
+    thread = threading.Thread(target=lambda: results.append(function()))
+    thread.start()
+    thread.join()
+    return results.pop()
+
+
+def open_pipes() -> set[str]:
+    """Return the names of the pipes that this process has open."""
+    links = set()
+    for fd in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(FileNotFoundError):
+            links.add(os.readlink(f"/proc/self/fd/{fd}"))
+    return links
+
+
+def is_open(pipe_inode: int) -> bool:
+    return f"pipe:[{pipe_inode}]" in open_pipes()
+
+
+def inode(pipe: Pipe) -> int:
+    return os.fstat(pipe.read_fd).st_ino
+
+
+def assert_balanced() -> None:
+    figures = gsplice.stats()
+    in_use, idle = figures.pipes_in_use, figures.pipes_idle
+    assert figures.pipes_created == figures.pipes_closed + in_use + idle
+    assert min(in_use, idle, figures.pipes_closed, figures.acquired_local) >= 0
+    assert len(_pipe.alive) == in_use + idle
+
+
+# Acquiring and releasing
+
+
+def test_a_pipe_comes_from_the_hub_then_from_all_then_from_the_kernel(
+    limits: Callable[..., None],
+) -> None:
+    in_thread(lambda: release(lend()))
+    release_later = lend()
+    mine = lend()
+    release(mine)
+    in_thread(lambda: release(release_later))
+    with counting() as first:
+        assert acquire() is mine
+    with counting() as second:
+        assert acquire() is release_later
+    with counting() as third:
+        new = lend()
+    assert (first.acquired_local, first.acquired_global, first.acquired_new) == (1, 0, 0)
+    assert (second.acquired_local, second.acquired_global, second.acquired_new) == (0, 1, 0)
+    assert (third.acquired_local, third.acquired_global, third.acquired_new) == (0, 0, 1)
+    assert third.pipes_created == 1
+    for pipe in (mine, release_later, new):
+        release(pipe)
+
+
+def test_the_newest_pipe_comes_first(limits: Callable[..., None]) -> None:
+    limits(max_idle_hub=3)
+    lent = [lend() for _ in range(6)]
+    for pipe in lent:
+        release(pipe)
+    assert [acquire() for _ in range(6)] == [*lent[2::-1], *lent[:2:-1]]
+
+
+def test_a_released_pipe_goes_to_the_hub_then_to_all_then_away(limits: Callable[..., None]) -> None:
+    limits(max_idle_hub=1, max_idle=2)
+    lent = [lend() for _ in range(4)]
+    inodes = list(map(inode, lent))
+    with counting() as grown:
+        for pipe in lent:
+            release(pipe)
+    assert [pipe.pending for pipe in lent] == [IDLE, IDLE, IDLE, UNKNOWN]
+    assert (grown.pipes_idle, grown.pipes_closed, grown.pipes_in_use) == (3, 1, -4)
+    assert lent[0] in pipes._here.idle
+    assert lent[1:3] == pipes._shared
+    assert list(map(is_open, inodes)) == [True, True, True, False]
+
+
+def test_a_hub_that_may_keep_none_shares_all(limits: Callable[..., None]) -> None:
+    limits(max_idle_hub=0, max_idle=1)
+    pipe = lend()
+    release(pipe)
+    with counting() as grown:
+        assert acquire() is pipe
+    assert grown.acquired_global == 1
+
+
+@pytest.mark.parametrize("most", [0, 1, 2])
+def test_no_more_than_max_pipes(most: int, limits: Callable[..., None]) -> None:
+    limits(max_pipes=most)
+    with counting() as grown:
+        lent = [lend() for _ in range(most)]
+        assert acquire() is None
+        assert acquire() is None
+    assert grown.pipes_created == grown.acquired_new == most
+    for pipe in lent:
+        release(pipe)
+    if most:
+        again = acquire()
+        assert again is lent[-1]
+        release(again)
+
+
+def test_a_closed_pipe_makes_room_for_another(limits: Callable[..., None]) -> None:
+    limits(max_pipes=1)
+    pipe = lend()
+    pipe.close()
+    other = lend()
+    assert other is not pipe
+    assert acquire() is None
+
+
+def test_without_pipes_a_transfer_delivers_and_says_so(
+    limits: Callable[..., None], tcp: Callable[[], Any]
+) -> None:
+    limits(max_pipes=0)
+    (source, sender), (sink, target) = tcp(), tcp()
+    data = some_bytes(3 * MiB)
+    arriving = receiver(target)
+    with counting() as grown:
+        sending = gevent.spawn(lambda: (source.sendall(data), source.close()))
+        with sender.makefile("rb", 0) as src, sink.makefile("wb") as dst:
+            gsplice.copyfileobj(src, dst)
+        sink.close()
+        sending.get()
+    assert arriving.get() == data
+    assert grown.fallbacks == {"no_pipe": 1}
+    assert grown.bytes_spliced == grown.pipes_created == 0
+
+
+# What the kernel grants, and refuses
+
+
+def test_capacity_is_what_the_kernel_granted_and_steps_down(limits: Callable[..., None]) -> None:
+    limits(max_pipes=70)
+    lent = [lend() for _ in range(70)]
+    assert [pipe.capacity for pipe in lent] == [MiB] * 16 + [256 * KiB] * 48 + [64 * KiB] * 6
+    assert [fcntl(pipe.write_fd, F_GETPIPE_SZ) for pipe in lent] == [p.capacity for p in lent]
+
+
+@pytest.mark.parametrize(
+    ("asked", "granted"),
+    [(0, 4 * KiB), (1, 4 * KiB), (100_000, 128 * KiB), (MiB, MiB), (1 << 40, MiB)],
+)
+def test_the_capacity_that_is_set_is_asked_for(
+    asked: int, granted: int, limits: Callable[..., None]
+) -> None:
+    limits(pipe_size=asked)
+    pipe = lend()
+    assert pipe.capacity == fcntl(pipe.read_fd, F_GETPIPE_SZ) == granted
+
+
+def test_both_ends_are_nonblocking_and_closed_on_exec(limits: Callable[..., None]) -> None:
+    pipe = lend()
+    for fd in (pipe.read_fd, pipe.write_fd):
+        assert fcntl(fd, F_GETFL) & os.O_NONBLOCK
+        assert fcntl(fd, F_GETFD) & FD_CLOEXEC
+    with pytest.raises(BlockingIOError):
+        os.read(pipe.read_fd, 1)
+    with pytest.raises(BlockingIOError):
+        while True:
+            os.write(pipe.write_fd, bytes(MiB))
+
+
+#: For programs of their own: a transfer that delivers all, and the counters.
+PROGRAM = """
+import contextlib, gc, os, resource, sys, threading
+from fcntl import F_GETPIPE_SZ, F_SETPIPE_SZ, fcntl
+import gevent, gevent.socket, gsplice
+from gsplice import _pipe, pipes
+from gsplice.config import LOW_WATER, settings
+from gsplice.pipes import acquire, release
+MiB = 1 << 20
+
+def descriptors():
+    return len(os.listdir('/proc/self/fd')) - 1
+
+def balanced():
+    figures = gsplice.stats()
+    in_use, idle = figures.pipes_in_use, figures.pipes_idle
+    assert figures.pipes_created == figures.pipes_closed + in_use + idle, figures
+    assert min(in_use, idle, figures.pipes_closed, figures.acquired_local) >= 0, figures
+    assert len(_pipe.alive) == in_use + idle, figures
+    return figures
+
+def transfer(ends, size=3 * MiB):
+    source, sender, sink, target = ends
+    data = os.urandom(size)
+    def receive():
+        received = bytearray()
+        while len(received) < size:
+            received += target.recv(1 << 16)
+        return received
+    receiving = gevent.spawn(receive)
+    sending = gevent.spawn(lambda: (source.sendall(data), source.shutdown(1)))
+    with sender.makefile('rb', 0) as src, sink.makefile('wb') as dst:
+        gsplice.copyfileobj(src, dst)
+    sending.get()
+    assert receiving.get() == data
+
+def sockets():
+    return *gevent.socket.socketpair(), *gevent.socket.socketpair()
+
+def close(ends):
+    for end in ends:
+        end.close()
+"""
+
+
+@pytest.mark.parametrize("left", [0, 1])
+def test_no_descriptors_left_is_no_error(left: int) -> None:
+    run_program(
+        PROGRAM
+        + f"""
+ends = sockets()
+gevent.sleep(0)
+before = descriptors()
+resource.setrlimit(resource.RLIMIT_NOFILE, (max(map(int, os.listdir('/proc/self/fd'))) + 1,) * 2)
+# Fill the holes below the limit, and leave some.
+filled = []
+with contextlib.suppress(OSError):
+    while True:
+        filled.append(os.dup(0))
+for fd in filled[:{left}]:
+    os.close(fd)
+assert acquire() is None
+assert acquire() is None
+figures = balanced()
+assert (figures.pipes_created, figures.acquired_new, figures.pipes_closed) == (0, 0, 0)
+transfer(ends)
+assert gsplice.stats().fallbacks['no_pipe'] == 1
+for fd in filled[{left}:]:
+    os.close(fd)
+assert descriptors() <= before, (descriptors(), before)
+close(ends)
+pipe = acquire()
+assert pipe is not None
+pipe.close()
+"""
+    )
+
+
+def test_a_user_without_pipe_room_gets_small_pipes_and_then_none() -> None:
+    run_program(
+        PROGRAM
+        + """
+ends, more_ends = sockets(), sockets()
+gevent.sleep(0)
+if os.getuid() == 0:  # who is exempt
+    os.setuid(100_000 + os.getpid())
+before = descriptors()
+taken = []
+def take(size=0):
+    taken.extend(os.pipe())
+    return fcntl(taken[-1], F_SETPIPE_SZ, size) if size else fcntl(taken[-1], F_GETPIPE_SZ)
+for _ in range(63):
+    take(MiB)
+take()
+pipe = acquire()
+assert pipe.capacity == 64 * 1024  # and no more was granted
+release(pipe)
+transfer(ends)
+assert gsplice.stats().bytes_spliced == 3 * MiB
+assert gsplice.stats().acquired_new == 1
+pipes._here.idle.pop().discard()
+while take() > 8192:
+    pass
+now = descriptors()
+assert acquire() is None
+assert acquire() is None
+assert descriptors() == now
+figures = balanced()
+assert figures.pipes_in_use == figures.pipes_idle == 0
+assert figures.pipes_created == figures.acquired_new == 1
+transfer(more_ends)
+assert gsplice.stats().fallbacks['no_pipe'] == 1
+assert descriptors() == now
+for fd in taken:
+    os.close(fd)
+assert descriptors() == before
+assert acquire().capacity == MiB
+close(ends + more_ends)
+"""
+    )
+
+
+# Pipes that do not come back
+
+
+@pytest.mark.parametrize("pending", [1, 5, UNKNOWN])
+@pytest.mark.parametrize("holds", [b"", b"other"])
+def test_a_pipe_not_known_to_be_empty_is_closed(
+    pending: int, holds: bytes, limits: Callable[..., None]
+) -> None:
+    pipe = lend()
+    number = inode(pipe)
+    if holds:
+        os.write(pipe.write_fd, holds)
+    pipe.pending = pending
+    with counting() as grown:
+        release(pipe)
+    assert (grown.pipes_closed, grown.pipes_in_use, grown.pipes_idle) == (1, -1, 0)
+    assert (pipe.read_fd, pipe.write_fd, pipe.pending) == (-1, -1, UNKNOWN)
+    assert not is_open(number)
+    assert acquire() is not pipe
+
+
+@pytest.mark.parametrize("room", [0, 1])
+def test_releasing_twice_is_refused(room: int, limits: Callable[..., None]) -> None:
+    limits(max_idle_hub=room)
+    pipe = lend()
+    release(pipe)
+    with pytest.raises(ValueError, match="twice"):
+        release(pipe)
+    assert acquire() is pipe
+    assert acquire() is not pipe
+
+
+def test_releasing_in_two_threads_is_refused(limits: Callable[..., None]) -> None:
+    pipe = lend()
+    release(pipe)
+
+    def again() -> str:
+        with pytest.raises(ValueError, match="twice") as caught:
+            release(pipe)
+        return str(caught.value)
+
+    assert "belongs to the pool" in in_thread(again)
+    assert gsplice.stats().pipes_idle == 1
+
+
+def test_releasing_a_closed_pipe_does_nothing(limits: Callable[..., None]) -> None:
+    pipe = lend()
+    pipe.close()
+    with counting() as grown:
+        release(pipe)
+    assert (grown.pipes_closed, grown.pipes_idle) == (0, 0)
+    assert lend().read_fd >= 0
+    assert_balanced()
+
+
+def test_a_pipe_closed_after_its_release_is_not_lent(limits: Callable[..., None]) -> None:
+    pipe = lend()
+    with contextlib.closing(pipe):
+        release(pipe)
+    assert_balanced()
+    assert lend().read_fd >= 0
+
+
+def test_closing_again_leaves_alone_whoever_has_the_descriptors_now(
+    limits: Callable[..., None],
+) -> None:
+    pipe = lend()
+    numbers = (pipe.read_fd, pipe.write_fd)
+    pipe.close()
+    theirs = os.pipe()
+    assert theirs == numbers
+    pipe.close()
+    pipe.__del__()
+    del pipe
+    for fd in theirs:
+        os.close(fd)  # EBADF if closed before
+
+
+def test_closed_once_by_many_threads(limits: Callable[..., None]) -> None:
+    threads, rounds = 6, 100
+    lent = []
+    barrier = threading.Barrier(threads, action=lambda: lent.append(lend()))
+    opened: list[int] = []
+
+    def close() -> None:
+        for _ in range(rounds):
+            barrier.wait()
+            lent[-1].close()
+            opened.extend(os.pipe())  # with the numbers that the first to close gave back
+
+    with counting() as grown:
+        closers = [threading.Thread(target=close) for _ in range(threads)]
+        for thread in closers:
+            thread.start()
+        for thread in closers:
+            thread.join()
+    assert grown.pipes_closed == grown.pipes_created == rounds
+    assert len(set(opened)) == len(opened) == 2 * threads * rounds
+    for fd in opened:
+        os.close(fd)
+
+
+def test_dropping_the_last_reference_closes(limits: Callable[..., None]) -> None:
+    pipe = lend()
+    number = inode(pipe)
+    with counting() as grown:
+        del pipe
+    assert not is_open(number)
+    assert (grown.pipes_closed, grown.pipes_in_use) == (1, -1)
+    assert_balanced()
+
+
+def test_a_pipe_in_a_cycle_is_closed_by_a_collection(limits: Callable[..., None]) -> None:
+    cycle: list[Any] = [lend()]
+    number = inode(cycle[0])
+    cycle.append(cycle)
+    del cycle
+    assert is_open(number)
+    gc.collect()
+    assert not is_open(number)
+    assert_balanced()
+
+
+# Reclamation
+
+
+@pytest.mark.parametrize("kept", [16, 300])
+def test_a_burst_is_reclaimed_by_collections(kept: int) -> None:
+    run_program(
+        PROGRAM
+        + """
+hub = gevent.get_hub()
+before = descriptors()
+lent = [acquire() for _ in range(300)]
+assert None not in lent and descriptors() == before + 600
+while lent:
+    release(lent.pop())
+idle = balanced().pipes_idle
+assert idle == min(300, settings.max_idle_hub + settings.max_idle)
+assert descriptors() == before + 2 * idle
+gc.collect()
+assert balanced().pipes_idle == idle  # used since the last collection
+for _ in range(2):
+    gc.collect()
+assert balanced().pipes_idle == LOW_WATER
+assert descriptors() == before + 2 * LOW_WATER
+""",
+        GSPLICE_MAX_PIPES=300,
+        GSPLICE_MAX_IDLE_HUB=kept,
+    )
+
+
+BURST_WITHOUT_GC = """
+gc.disable()
+def wait_until_reclaimed(seconds):
+    with gevent.Timeout(seconds):
+        while balanced().pipes_idle > LOW_WATER:
+            gevent.sleep(0.02)
+    assert balanced().pipes_idle == LOW_WATER
+
+hub = gevent.get_hub()
+def burst():
+    lent = [acquire() for _ in range(300)]
+    assert None not in lent
+    while lent:
+        release(lent.pop())
+"""
+
+
+def test_a_burst_is_reclaimed_by_the_hub() -> None:
+    run_program(
+        PROGRAM
+        + BURST_WITHOUT_GC
+        + """
+pipes.RECLAIM_PERIOD = 0.05
+before = descriptors()
+for _ in range(2):  # the second time after the timer had its rest
+    burst()
+    wait_until_reclaimed(30)
+    assert descriptors() == before + 2 * LOW_WATER
+    gevent.sleep(0.2)
+""",
+        GSPLICE_MAX_PIPES=300,
+    )
+
+
+@pytest.mark.long
+def test_a_burst_is_reclaimed_within_thirty_seconds() -> None:
+    run_program(
+        PROGRAM + BURST_WITHOUT_GC + "before = descriptors(); burst(); wait_until_reclaimed(30);"
+        "assert descriptors() == before + 2 * LOW_WATER",
+        GSPLICE_MAX_PIPES=300,
+    )
+
+
+def test_a_hub_reclaims_pipes_that_another_hub_made() -> None:
+    run_program(
+        PROGRAM
+        + BURST_WITHOUT_GC
+        + """
+pipes.RECLAIM_PERIOD = 0.05
+def other():
+    burst()
+    gevent.get_hub().destroy()
+thread = threading.Thread(target=other)
+thread.start()
+thread.join()
+pipe = acquire()
+assert gsplice.stats().acquired_global == 1
+release(pipe)
+wait_until_reclaimed(10)
+""",
+        GSPLICE_MAX_PIPES=300,
+    )
+
+
+def test_a_hub_reclaims_pipes_that_its_predecessor_made() -> None:
+    run_program(
+        PROGRAM
+        + BURST_WITHOUT_GC
+        + """
+pipes.RECLAIM_PERIOD = 0.05
+burst()
+hub.destroy(destroy_loop=True)
+del hub
+gevent.sleep(0)
+release(acquire())
+wait_until_reclaimed(10)
+""",
+        GSPLICE_MAX_PIPES=300,
+    )
+
+
+def test_a_pipe_in_steady_use_is_kept() -> None:
+    run_program(
+        PROGRAM
+        + """
+lent = [acquire() for _ in range(LOW_WATER + 4)]
+while lent:
+    release(lent.pop())
+for _ in range(5):
+    lent = [acquire() for _ in range(LOW_WATER + 2)]
+    while lent:
+        release(lent.pop())
+    gc.collect()
+figures = balanced()
+assert figures.acquired_new == LOW_WATER + 4
+assert figures.pipes_idle == LOW_WATER + 2, figures
+"""
+    )
+
+
+def test_idle_pipes_keep_no_hub_running() -> None:
+    run_program(
+        PROGRAM
+        + """
+pipes.RECLAIM_PERIOD = 3600
+gevent.get_hub()
+release(acquire())
+assert gevent.get_hub().join(timeout=30) is True
+"""
+    )
+
+
+@pytest.mark.parametrize("destroyed", [True, False])
+@pytest.mark.parametrize("collecting", [True, False])
+def test_hubs_that_came_and_went_leave_their_pipes_to_all(
+    destroyed: bool, collecting: bool
+) -> None:
+    run_program(
+        PROGRAM
+        + f"""
+if not {collecting}:
+    gc.disable()
+gevent.get_hub()
+inodes = set()
+def work():
+    lent = [acquire() for _ in range(3)]
+    gevent.sleep(0)
+    inodes.update(os.fstat(pipe.read_fd).st_ino for pipe in lent)
+    while lent:
+        release(lent.pop())
+    if {destroyed}:
+        gevent.get_hub().destroy(destroy_loop=True)
+for _ in range(10):
+    # Each takes from the shared list what the one before has left.
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+figures = balanced()
+assert (figures.pipes_in_use, figures.pipes_idle, figures.pipes_created) == (0, 3, 3), figures
+together = threading.Barrier(10)
+def crowd():
+    lent = [acquire() for _ in range(3)]
+    inodes.update(os.fstat(pipe.read_fd).st_ino for pipe in lent)
+    together.wait()
+    while lent:
+        release(lent.pop())
+    together.wait()
+    if {destroyed}:
+        gevent.get_hub().destroy(destroy_loop=True)
+threads = [threading.Thread(target=crowd) for _ in range(10)]
+for thread in threads: thread.start()
+for thread in threads: thread.join()
+figures = balanced()
+assert (figures.pipes_in_use, figures.pipes_idle, len(inodes)) == (0, 30, 30), figures
+lent = [acquire() for _ in range(30)]
+assert {{os.fstat(pipe.read_fd).st_ino for pipe in lent}} == inodes
+assert gsplice.stats().acquired_global == figures.acquired_global + 30
+assert gsplice.stats().acquired_new == 30
+pipe = None
+lent.clear()
+assert balanced().pipes_closed == 30
+links = set()
+for fd in os.listdir('/proc/self/fd'):
+    with contextlib.suppress(FileNotFoundError):
+        links.add(os.readlink('/proc/self/fd/' + fd))
+assert not links & {{f'pipe:[{{number}}]' for number in inodes}}
+"""
+    )
+
+
+def test_a_thread_without_a_hub_has_a_list_as_well(limits: Callable[..., None]) -> None:
+    def work() -> bool:
+        pipe = lend()
+        release(pipe)
+        return acquire() is pipe and release(pipe) is None
+
+    with counting() as grown:
+        assert in_thread(work)
+    assert (grown.acquired_new, grown.acquired_local, grown.pipes_idle) == (1, 1, 1)
+
+
+def test_a_thread_that_ends_hands_over_no_more_than_there_is_room_for(
+    limits: Callable[..., None],
+) -> None:
+    limits(max_idle=2)
+
+    def work() -> None:
+        lent = [lend() for _ in range(5)]
+        while lent:
+            release(lent.pop())
+
+    with counting() as grown:
+        in_thread(work)
+    assert (grown.pipes_created, grown.pipes_idle, grown.pipes_closed) == (5, 2, 3)
+
+
+# Finalizers and interruptions
+
+
+@pytest.mark.timeout(20)
+def test_finalizers_and_reclamation_need_no_lock(limits: Callable[..., None]) -> None:
+    plain, cycle = lend(), [lend()]
+    cycle.append(cycle)  # type: ignore[arg-type]
+    idle = [lend() for _ in range(LOW_WATER + 2)]
+    while idle:
+        release(idle.pop())
+    with counting() as grown, pipes._lock:
+        del plain, cycle
+        pipes.reclaim()
+        pipes.reclaim()
+        gc.collect()
+        assert len(_pipe.alive) == LOW_WATER
+        pipes._lock.release()  # counting() asks for it
+        pipes._lock.acquire()
+    assert (grown.pipes_closed, grown.pipes_idle) == (4, -2)
+
+
+#: Runs interrupt() once, at the first line of gsplice.pipes and gsplice._pipe that is reached, then
+#: all over again at the second, and so on: as a collection, a signal or another thread might.
+AT_EACH_LINE = """
+class Interrupted:
+    def __init__(self, at):
+        self.at, self.passed, self.where = at, 0, None
+    def __enter__(self):
+        sys.settrace(self.trace)
+    def __exit__(self, *error):
+        sys.settrace(None)
+    def trace(self, frame, event, arg):
+        if frame.f_code.co_filename not in (pipes.__file__, _pipe.__file__):
+            return None
+        if event == 'line':
+            self.passed += 1
+            if self.passed == self.at:
+                self.where = frame.f_code.co_name
+                interrupt()
+        return self.trace
+
+def leave_two():
+    lent = [acquire(), acquire()]
+    while lent:
+        release(lent.pop())
+
+def use():
+    lent = [acquire() for _ in range(5)]
+    lent = [pipe for pipe in lent if pipe is not None]
+    pipe = None
+    assert all(pipe.read_fd >= 0 and pipe.pending == 0 for pipe in lent)
+    lent[0].pending = pipes.UNKNOWN
+    while lent:
+        release(lent.pop())
+    pipe = acquire()
+    assert pipe.read_fd >= 0
+    release(pipe)
+    pipes._hand_over(pipes._here.idle)  # as when a hub is gone
+    while pipes._shared:
+        pipes._shared.pop().discard()
+
+failed = []
+def go_on_interrupted():
+    at = 0
+    while True:
+        at += 1
+        leaving = threading.Thread(target=leave_two)  # for the shared list
+        leaving.start()
+        leaving.join()
+        for pipe in pipes._shared:
+            pipe.seen = pipe.uses  # one more look, and they are closed
+        pipe = None
+        interrupted = Interrupted(at)
+        try:
+            with interrupted:
+                use()
+        except Exception as err:
+            failed.append((at, interrupted.where, repr(err)))
+        balanced()
+        if interrupted.where is None:
+            break
+        where.add(interrupted.where)
+
+where = set()
+gc.collect()
+gc.freeze()
+for _ in range(2):  # in the second thread nothing has been set up either
+    thread = threading.Thread(target=go_on_interrupted)
+    thread.start()
+    thread.join()
+assert not failed, failed
+assert where >= {'acquire', 'release', '_acquire_elsewhere', '_release_elsewhere', '_settle',
+                 '_hand_over', 'make', 'reserve', '__init__', 'close'}, where
+assert balanced().pipes_in_use == 0
+"""
+
+INTERRUPTIONS = {
+    "a cycle with a pipe is collected": """
+def interrupt():
+    pipe = pipes.Pipe(next(_pipe._keys), *os.pipe())
+    pipe.uses = 0
+    cycle = [pipe]; cycle.append(cycle)
+    del pipe, cycle
+    gc.collect()
+""",
+    "reclaimed to the last": """
+pipes.LOW_WATER = 0
+def interrupt():
+    pipes.reclaim()
+    pipes.reclaim()
+""",
+    "a pipe is dropped": """
+def interrupt():
+    pipe = pipes.Pipe(next(_pipe._keys), *os.pipe())
+    pipe.uses = 0
+""",
+    "another thread takes and leaves": """
+def take_and_leave():
+    if pipes._lock.acquire(blocking=False):  # or the interrupted thread has it
+        pipes._lock.release()
+        pipe = acquire()
+        if pipe is not None:
+            release(pipe)
+def interrupt():
+    thread = threading.Thread(target=take_and_leave)
+    thread.start()
+    thread.join()
+""",
+}
+
+
+@pytest.mark.parametrize("what", INTERRUPTIONS)
+@pytest.mark.parametrize("most", [4, 256])
+def test_no_line_minds_being_interrupted(what: str, most: int) -> None:
+    run_program(
+        PROGRAM + INTERRUPTIONS[what] + AT_EACH_LINE,
+        GSPLICE_MAX_IDLE_HUB=2,
+        GSPLICE_MAX_IDLE=2,
+        GSPLICE_MAX_PIPES=most,
+    )
+
+
+def test_a_signal_handler_may_ask_for_the_counters_at_any_line() -> None:
+    run_program(
+        "import faulthandler; faulthandler.dump_traceback_later(20, exit=True)\n"
+        + PROGRAM
+        + "interrupt = gsplice.stats\n"
+        + AT_EACH_LINE,
+        GSPLICE_MAX_IDLE_HUB=2,
+        GSPLICE_MAX_IDLE=2,
+    )
+
+
+def test_a_finalizer_may_release_its_pipe_while_the_same_thread_has_the_lock() -> None:
+    run_program(
+        "import faulthandler; faulthandler.dump_traceback_later(20, exit=True)\n"
+        + PROGRAM
+        + """
+class Owner:
+    def __init__(self):
+        self.pipe = acquire()
+        self.me = self
+    def __del__(self):
+        release(self.pipe)
+Owner()
+assert balanced().pipes_in_use == 1
+with pipes._lock:
+    gc.collect()
+assert balanced().pipes_in_use == 0
+""",
+        GSPLICE_MAX_IDLE_HUB=0,
+    )
+
+
+STRESS = """
+import collections, random, time
+gc.set_threshold(1)
+going, passed, errors = True, 0, []
+def work(seed):
+    chance = random.Random(seed)
+    mine, asked = [], 0
+    try:
+        for _ in range(4000):
+            what = chance.random()
+            if what < 0.5 or not mine:
+                pipe = acquire()
+                if pipe is not None:
+                    assert pipe.read_fd >= 0 and pipe.pending == 0
+                    # Nobody else's bytes, and nobody else reads ours.
+                    os.write(pipe.write_fd, b'%d' % seed)
+                    assert os.read(pipe.read_fd, 10) == b'%d' % seed
+                    with book:
+                        assert pipe not in lent
+                        lent.add(pipe)
+                    mine.append(pipe)
+                    asked += 1
+            else:
+                pipe = mine.pop(chance.randrange(len(mine)))
+                with book:
+                    lent.discard(pipe)
+                if what < 0.8:
+                    release(pipe)
+                elif what < 0.9:
+                    pipe.pending = pipes.UNKNOWN
+                    release(pipe)
+                elif what < 0.95:
+                    pipe = [pipe]; pipe.append(pipe)
+            pipe = None
+            if what < 0.01:
+                pipes.reclaim()
+        for pipe in mine:
+            with book:
+                lent.discard(pipe)
+            release(pipe)
+        counts.append(asked)
+    except BaseException as err:
+        errors.append(repr(err))
+        raise
+book, lent, counts = threading.Lock(), set(), []
+def watch():
+    global passed
+    while going:
+        passed = max(passed, len(_pipe.alive))
+        time.sleep(0)
+watcher = threading.Thread(target=watch)
+watcher.start()
+sys.setswitchinterval(1e-5)
+before = descriptors()
+threads = [threading.Thread(target=work, args=(seed,)) for seed in range(1, 5)]
+for thread in threads: thread.start()
+for thread in threads: thread.join()
+going = False
+watcher.join()
+assert not errors, errors
+gc.collect()
+figures = balanced()
+assert figures.pipes_in_use == 0, figures
+assert descriptors() == before + 2 * figures.pipes_idle
+assert figures.acquired_local + figures.acquired_global + figures.acquired_new == sum(counts)
+assert min(figures.acquired_local, figures.acquired_global, figures.acquired_new) > 0, figures
+assert 3 <= passed <= settings.max_pipes, passed
+"""
+
+
+@pytest.mark.parametrize("most", [6, 64])
+def test_four_threads_and_a_collection_at_every_turn(most: int) -> None:
+    run_program(
+        PROGRAM + STRESS,
+        GSPLICE_MAX_PIPES=most,
+        GSPLICE_MAX_IDLE_HUB=3,
+        GSPLICE_MAX_IDLE=3,
+        GSPLICE_PIPE_SIZE=65536,
+    )
+
+
+# The whole pool against a plain model
+
+HUB_ROOM, SHARED_ROOM, MOST = 4, 3, 10
+
+
+class PoolAgainstModel(RuleBasedStateMachine):
+    """The pool as one thread sees it; pipes are known by their inodes, which are never reused."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        gc.disable()  # each collection counts
+        release(lend())
+        empty_the_pool()
+        self.undo = pytest.MonkeyPatch()
+        self.undo.setattr(settings, "max_pipes", MOST)
+        self.undo.setattr(settings, "max_idle", SHARED_ROOM)
+        self.undo.setattr(settings, "max_idle_hub", HUB_ROOM)
+        self.undo.setattr(pipes, "_room", HUB_ROOM)
+        self.before = gsplice.stats()
+        self.lent: dict[int, Pipe] = {}
+        self.local: list[int] = []
+        self.shared: list[int] = []
+        self.unused: set[int] = set()
+        self.came_from = {"acquired_local": 0, "acquired_global": 0, "acquired_new": 0}
+        self.gone: set[int] = set()
+
+    def teardown(self) -> None:
+        self.lent.clear()
+        self.undo.undo()
+        empty_the_pool()
+        gc.enable()
+
+    def take(self, which: int) -> tuple[int, Pipe]:
+        number = list(self.lent)[which % len(self.lent)]
+        return number, self.lent.pop(number)
+
+    @rule()
+    def acquire(self) -> None:
+        pipe = acquire()
+        if not self.local and not self.shared and len(self.lent) == MOST:
+            assert pipe is None
+            return
+        assert pipe is not None
+        number = inode(pipe)
+        if self.local:
+            source, expected = "acquired_local", self.local.pop()
+        elif self.shared:
+            source, expected = "acquired_global", self.shared.pop()
+        else:
+            source, expected = "acquired_new", number
+            assert number not in self.lent.keys() | self.gone
+        assert (number, pipe.pending) == (expected, 0)
+        self.came_from[source] += 1
+        self.unused.discard(number)
+        self.lent[number] = pipe
+
+    @precondition(lambda self: self.lent)
+    @rule(which=st.integers(0, MOST))
+    def release(self, which: int) -> None:
+        number, pipe = self.take(which)
+        release(pipe)
+        if len(self.local) < HUB_ROOM:
+            self.local.append(number)
+        elif len(self.shared) < SHARED_ROOM:
+            self.shared.append(number)
+        else:
+            self.gone.add(number)
+        if number not in self.gone:
+            with pytest.raises(ValueError, match="twice"):
+                release(pipe)
+
+    @precondition(lambda self: self.lent)
+    @rule(which=st.integers(0, MOST))
+    def another_thread_releases(self, which: int) -> None:
+        number, pipe = self.take(which)
+        in_thread(lambda: release(pipe))
+        if len(self.shared) < SHARED_ROOM:
+            self.shared.append(number)
+        else:
+            self.gone.add(number)
+
+    @precondition(lambda self: self.lent)
+    @rule(which=st.integers(0, MOST), pending=st.sampled_from([UNKNOWN, 1, 4096]))
+    def release_dirty(self, which: int, pending: int) -> None:
+        number, pipe = self.take(which)
+        os.write(pipe.write_fd, b"not for the next one")
+        pipe.pending = pending
+        release(pipe)
+        self.gone.add(number)
+
+    @precondition(lambda self: self.lent)
+    @rule(which=st.integers(0, MOST), how=st.sampled_from(["close", "drop", "cycle"]))
+    def give_up(self, which: int, how: str) -> None:
+        number, pipe = self.take(which)
+        self.gone.add(number)
+        if how == "close":
+            pipe.close()
+            pipe.close()
+        elif how == "cycle":
+            cycle: list[Any] = [pipe]
+            cycle.append(cycle)
+            del pipe, cycle
+            self.reclaim(gc.collect)
+
+    @rule(how=st.sampled_from([pipes.reclaim, pipes.reclaim, gc.collect]))
+    def reclaim(self, how: Callable[[], object]) -> None:
+        how()
+        spare = len(self.local) + len(self.shared) - LOW_WATER
+        for numbers in self.local, self.shared:
+            for number in tuple(numbers):
+                if number not in self.unused:
+                    self.unused.add(number)
+                elif spare > 0:
+                    spare -= 1
+                    numbers.remove(number)
+                    self.gone.add(number)
+
+    @invariant()
+    def no_pipe_is_lent_twice_or_closed(self) -> None:
+        assert {number: inode(pipe) for number, pipe in self.lent.items()} == {
+            number: number for number in self.lent
+        }
+        ends = [fd for pipe in self.lent.values() for fd in (pipe.read_fd, pipe.write_fd)]
+        assert len(set(ends)) == len(ends)
+
+    @invariant()
+    def the_counters_agree(self) -> None:
+        assert_balanced()
+        now, before = gsplice.stats(), self.before
+        assert now.pipes_in_use - before.pipes_in_use == len(self.lent)
+        assert now.pipes_idle == len(self.local) + len(self.shared)
+        assert now.pipes_closed - before.pipes_closed == len(self.gone)
+        for name, number in self.came_from.items():
+            assert getattr(now, name) - getattr(before, name) == number
+
+    @invariant()
+    def what_is_gone_is_closed(self) -> None:
+        assert not open_pipes() & {f"pipe:[{number}]" for number in self.gone}
+
+
+TestPoolAgainstModel = PoolAgainstModel.TestCase
+TestPoolAgainstModel.settings = hypothesis_settings(
+    max_examples=15,
+    stateful_step_count=40,
+    deadline=None,
+    suppress_health_check=list(HealthCheck),
+)
+
+
+# Memory, and the end
+
+
+@pytest.mark.parametrize(
+    ("hub_room", "calls"), [(16, 100_000), (0, 100_000)], ids=["own list", "shared list"]
+)
+def test_no_memory_is_kept_by_acquiring_and_releasing(
+    hub_room: int, calls: int, limits: Callable[..., None]
+) -> None:
+    limits(max_idle_hub=hub_room)
+    assert blocks_kept(calls) < 50
+
+
+def test_no_memory_is_kept_by_opening_and_closing(limits: Callable[..., None]) -> None:
+    limits(max_idle_hub=0, max_idle=0, pipe_size=4096)
+    assert blocks_kept(20_000) < 50
+
+
+def blocks_kept(calls: int) -> int:
+    """Return how many more blocks of memory there are after so many calls."""
+
+    def some(number: int) -> None:
+        for _ in range(number):
+            release(acquire())  # type: ignore[arg-type]
+
+    some(100)
+    gc.collect()
+    before = sys.getallocatedblocks()
+    some(calls)
+    gc.collect()
+    return sys.getallocatedblocks() - before
+
+
+@pytest.mark.parametrize("hub", ["", "gevent.get_hub()"])
+@pytest.mark.parametrize(
+    "left",
+    [
+        "release(acquire())",
+        "lent = acquire()",
+        "lent = acquire(); cycle = [lent]; cycle.append(cycle); del lent, cycle",
+        "lent = [acquire() for _ in range(40)]; idle = lent[::2]; del lent\n"
+        "while idle: release(idle.pop())",
+        "class A: lent = acquire()\nrelease(acquire())",
+        "import atexit; atexit.register(lambda: release(acquire()))",
+        "import atexit; atexit.register(gc.collect); release(acquire())",
+        "a = acquire(); sys.modules['gsplice.kept'] = a; release(acquire())",
+        "gc.callbacks.append(lambda *info: None); release(acquire()); gc.disable()",
+        "hub = gevent.get_hub(); release(acquire()); hub.destroy(destroy_loop=True)",
+        "release(acquire()); del sys.modules['gsplice.pipes'], gsplice.pipes, pipes",
+        "gevent.spawn(lambda: (acquire(), gevent.sleep(0))).join()",
+        "kept = gevent.spawn(lambda: (acquire(), gevent.sleep(100))); gevent.sleep(0)",
+    ],
+)
+def test_the_interpreter_ends_silently(left: str, hub: str) -> None:
+    run_program(PROGRAM + hub + "\n" + left)
+
+
+@pytest.mark.parametrize("daemon", [True, False])
+@pytest.mark.parametrize("hub", [True, False])
+def test_the_interpreter_ends_silently_with_threads_alive(daemon: bool, hub: bool) -> None:
+    run_program(
+        PROGRAM
+        + f"""
+import time
+ready, release_all = threading.Event(), threading.Event()
+def work():
+    if {hub}:
+        gevent.get_hub()
+    lent = [acquire() for _ in range(8)]
+    for pipe in lent[:4]:
+        release(pipe)
+    ready.set()
+    if not {daemon}:
+        threading.main_thread().join()
+    else:
+        while True:
+            release(acquire())
+for _ in range(3):
+    ready.clear()
+    threading.Thread(target=work, daemon={daemon}).start()
+    ready.wait()
+release(acquire())
+lent = acquire()
+"""
+    )

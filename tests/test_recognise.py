@@ -1,0 +1,574 @@
+"""Each kind of object is taken or refused for the right reason, by its exact type."""
+
+from __future__ import annotations
+
+import io
+import os
+import shutil
+import socket as stdlib_socket
+import ssl
+import subprocess
+import sys
+import tempfile
+import textwrap
+import threading
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import gevent
+import gevent.socket
+import gevent.ssl
+import pytest
+from conftest import counting, receive_all, receiver, some_bytes
+from gevent._hub_local import get_hub_if_exists
+from gevent.fileobject import FileObjectPosix
+from gevent.monkey import get_original
+from kinds import FILE, PIPE, SINKS, SOCKET, SOURCES, Bench, ForeignRaw, PlainSubclass, as_class
+
+from gsplice import endpoints, recognise
+from gsplice.recognise import NotOurs, regular_file, sink, source, stream_socket
+
+ENDS = {FILE: endpoints.File, SOCKET: endpoints.Socket, PIPE: endpoints.Pipe}
+
+BIG = some_bytes(5 << 20)
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Iterator[Bench]:
+    with gevent.Timeout(60), Bench(tmp_path) as fresh:
+        yield fresh
+
+
+def role(recognised: Callable[[Any], Any], obj: Any) -> str:
+    """Return what *obj* is taken for, or the reason why it is not taken."""
+    try:
+        end = recognised(obj)
+    except NotOurs as reason:
+        return reason.args[0]
+    return next(name for name, cls in ENDS.items() if type(end) is cls)
+
+
+@pytest.mark.parametrize("kind", SOURCES, ids=str)
+def test_source(bench, kind):
+    assert role(source, bench.keep(kind.make(bench, b"some bytes"))) == kind.role
+
+
+@pytest.mark.parametrize("kind", SOURCES, ids=str)
+def test_only_a_regular_file_is_a_regular_file(bench, kind):
+    expected = "source_type" if kind.role in (SOCKET, PIPE) else kind.role
+    assert role(regular_file, bench.keep(kind.make(bench, b"some bytes"))) == expected
+
+
+@pytest.mark.parametrize("kind", SINKS, ids=str)
+def test_sink(bench, kind):
+    obj, _ = kind.make(bench)
+    assert role(sink, bench.keep(obj)) == kind.role
+
+
+@pytest.mark.parametrize("size", [0, 100, 100_000])
+def test_a_spooled_file_is_not_rolled_over(bench, size):
+    file = bench.keep(tempfile.SpooledTemporaryFile(1 << 20))
+    file.write(bytes(size))
+    file.seek(0)
+    sender, _ = bench.pair()
+    with counting() as grown:
+        shutil.copyfileobj(file, io.BytesIO())
+        file.seek(0)
+        assert sender.sendfile(file) == size
+    assert not file._rolled
+    assert grown.fallbacks == {"source_type": 2}
+
+
+@pytest.mark.parametrize("name", ["read", "fileno", "seek", "write", "tell", "flush"])
+def test_a_temporary_file_whose_methods_were_used_is_still_taken(bench, name):
+    file = bench.keep(tempfile.NamedTemporaryFile(dir=bench.path().parent))
+    getattr(file, name)
+    assert name in file.__dict__
+    assert role(source, file) == role(sink, file) == FILE
+
+
+@pytest.mark.parametrize("name", ["read", "readinto", "write"])
+def test_a_wrapper_that_now_wraps_something_else_is_not_taken(bench, name):
+    """Its methods, once asked for, go on leading to the first file."""
+    file = bench.keep(tempfile.NamedTemporaryFile(dir=bench.path().parent))
+    getattr(file, name)
+    file.file = bench.keep(open(bench.path(), "r+b"))
+    assert role(source, file) == "source_type"
+
+
+METHODS = ["read", "read1", "readinto", "readall", "peek", "write", "seek", "tell", "fileno"]
+
+
+@pytest.mark.parametrize("layer", ["buffer", "raw"])
+@pytest.mark.parametrize("name", METHODS)
+def test_an_instance_with_a_method_of_its_own_is_not_taken(bench, name, layer):
+    file = bench.keep(open(bench.path(b"some bytes"), "r+b"))
+    target = file if layer == "buffer" else file.raw
+    setattr(target, name, lambda *args: pytest.fail("was called"))
+    assert role(source, file) == "source_type"
+    assert role(sink, file) == "destination_type"
+    delattr(target, name)
+    assert role(source, file) == FILE
+
+
+def test_a_foreign_object_is_not_touched():
+    class Foreign:
+        def __getattribute__(self, name: str) -> Any:
+            pytest.fail(f"asked for {name}")
+
+        __len__ = __bool__ = __eq__ = __hash__ = __iter__ = lambda self: pytest.fail("was asked")
+
+    foreign = Foreign()
+    assert role(source, foreign) == role(regular_file, foreign) == "source_type"
+    assert role(sink, foreign) == "destination_type"
+    assert role(stream_socket, foreign) == "socket_type"
+
+
+@pytest.mark.parametrize("foreign", ["type", "instance"])
+def test_the_fileno_of_a_foreign_raw_object_is_not_asked_for(bench, foreign):
+    """It may have side effects, as SpooledTemporaryFile's has, and raise anything."""
+
+    class Raw(ForeignRaw):
+        def fileno(self) -> int:
+            pytest.fail("was called")
+
+    raw: Any = io.FileIO(bench.path(BIG[:1000]))
+    if foreign == "type":
+        raw = Raw(raw)
+    else:
+        raw.fileno = lambda: pytest.fail("was called")
+    file = bench.keep(io.BufferedReader(raw))
+    with counting() as grown:
+        assert bench.pair()[0].sendfile(file) == 1000
+        shutil.copyfileobj(file, io.BytesIO())
+    assert grown.fallbacks == {"source_type": 2}
+
+
+def test_a_wrapper_of_the_same_name_is_not_taken_for_the_real_one(bench):
+    impostor = type("_TemporaryFileWrapper", (), {"__module__": "tempfile"})()
+    impostor.file = bench.keep(open(bench.path(b"some bytes"), "rb"))
+    assert role(source, impostor) == "source_type"
+
+
+def test_a_class_that_cannot_be_hashed_is_not_taken(bench):
+    class Meta(type):
+        def __eq__(cls, other: object) -> bool:
+            return cls is other
+
+        __hash__ = None  # type: ignore[assignment]
+
+    class Odd(metaclass=Meta):
+        def read(self, size: int) -> bytes:
+            return b""
+
+    copied = io.BytesIO()
+    shutil.copyfileobj(Odd(), copied)
+    assert bench.pair()[0].sendfile(Odd()) == 0
+
+
+def test_recognising_imports_nothing():
+    script = """
+        import io, os, shutil, sys
+        import gsplice
+        from gsplice.recognise import NotOurs, sink, source, stream_socket
+
+        gsplice.patch_all()
+
+        def named(module, name):
+            return type(name, (), {"__module__": module})()
+
+        objects = [
+            open(os.devnull, "rb"), open(sys.executable, "rb"), io.BytesIO(), object(), None, len,
+            named("tempfile", "_TemporaryFileWrapper"),
+            named("gevent._fileobjectposix", "FileObjectPosix"),
+            named("gevent._fileobjectposix", "GreenFileDescriptorIO"),
+            named("gevent._fileobjectcommon", "FileObjectBlock"),
+            named("gzip", "GzipFile"), named("nowhere", "Nothing"), named("ssl", "SSLSocket"),
+        ]
+        before = set(sys.modules)
+        for recognised in (source, sink, stream_socket):
+            for obj in objects:
+                try:
+                    recognised(obj)
+                except NotOurs:
+                    pass
+        shutil.copyfileobj(io.BytesIO(b"x"), io.BytesIO())
+        print(sorted(set(sys.modules) - before))
+        from gevent._hub_local import get_hub_if_exists
+        print(get_hub_if_exists())
+    """
+    done = subprocess.run(
+        [sys.executable, "-"],
+        input=textwrap.dedent(script),
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parent.parent,
+        check=False,
+    )
+    assert (done.stdout, done.stderr) == ("[]\nNone\n", "")
+
+
+# --- sockets ---
+
+
+@pytest.mark.parametrize("family", [stdlib_socket.AF_INET, stdlib_socket.AF_INET6])
+def test_tcp_sockets_are_taken(bench, family):
+    assert role(stream_socket, bench.keep(gevent.socket.socket(family))) == SOCKET
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        (stdlib_socket.AF_INET, stdlib_socket.SOCK_DGRAM),
+        (stdlib_socket.AF_UNIX, stdlib_socket.SOCK_DGRAM),
+        (stdlib_socket.AF_UNIX, stdlib_socket.SOCK_SEQPACKET),
+        (stdlib_socket.AF_NETLINK, stdlib_socket.SOCK_RAW),
+    ],
+    ids=["udp", "unix datagram", "seqpacket", "netlink"],
+)
+def test_sockets_that_are_no_streams_are_not_taken(bench, kind):
+    sock = bench.keep(gevent.socket.socket(*kind))
+    assert role(stream_socket, sock) == "socket_type"
+    assert role(source, bench.keep(sock.makefile("rb"))) == "socket_type"
+
+
+def test_sendfile_keeps_the_messages_of_a_seqpacket_socket(bench):
+    """gevent sends pieces of 8 KiB; each is one message."""
+    sender, peer = map(
+        bench.keep, gevent.socket.socketpair(stdlib_socket.AF_UNIX, stdlib_socket.SOCK_SEQPACKET)
+    )
+    file = bench.keep(open(bench.path(BIG[:20_000]), "rb"))
+    with counting() as grown:
+        assert sender.sendfile(file) == 20_000
+    assert [len(peer.recv(1 << 20)) for _ in range(3)] == [8192, 8192, 3616]
+    assert grown.fallbacks == {"socket_type": 1}
+
+
+SOCKET_METHODS = [
+    *("send", "sendall", "sendmsg", "sendto", "recv", "recv_into", "recvfrom", "recvmsg"),
+    *("fileno", "gettimeout", "_wait", "_sendfile_use_send", "_check_sendfile_params"),
+]
+
+
+@pytest.mark.parametrize("name", SOCKET_METHODS)
+@pytest.mark.parametrize("where", ["class", "base", "instance"])
+def test_a_socket_with_a_method_of_its_own_is_not_taken(bench, name, where):
+    def own(*args: Any) -> None:
+        pytest.fail("was called")
+
+    cls: Any = PlainSubclass
+    if where == "class":
+        cls = type("Own", (PlainSubclass,), {name: own})
+    elif where == "base":
+        cls = type("Own", (type("Mixin", (), {name: own}), PlainSubclass), {})
+    sock = cls()
+    if where == "instance":
+        setattr(sock, name, own)
+    assert role(stream_socket, sock) == "socket_type"
+    if where != "instance":
+        sock._sock.close()
+    else:
+        delattr(sock, name)
+        sock.close()
+
+
+def test_a_subclass_that_changes_nothing_is_taken(bench):
+    class WithOther(PlainSubclass):
+        def getpeername(self) -> str:
+            return "somebody"
+
+    sender, peer = bench.pair()
+    sender = as_class(bench, WithOther, sender)
+    assert role(stream_socket, sender) == SOCKET
+    received = receiver(peer)
+    with counting() as grown:
+        assert sender.sendfile(bench.keep(open(bench.path(BIG), "rb"))) == len(BIG)
+        sender.close()
+        assert received.get() == BIG
+    assert grown.bytes_sendfile == len(BIG)
+
+
+def test_the_plain_class_has_no_instance_dictionary(bench):
+    """That is why an object of it is not looked at any further."""
+    with pytest.raises(AttributeError):
+        bench.pair()[0].send = None
+
+
+def test_a_socket_of_the_standard_library_is_not_taken():
+    with stdlib_socket.socket() as sock:
+        assert role(stream_socket, sock) == "socket_type"
+
+
+@pytest.mark.parametrize("timeout", [None, 5.0])
+def test_a_blocking_descriptor_is_not_taken(bench, timeout):
+    sock, peer = bench.pair()
+    sock.settimeout(timeout)
+    os.set_blocking(sock.fileno(), True)
+    assert role(stream_socket, sock) == "blocking"
+    os.set_blocking(peer.fileno(), True)
+    reader = bench.keep(stdlib_socket.socket(fileno=os.dup(peer.fileno())))
+    received = bench.in_thread(receive_all, reader)
+    with counting() as grown:
+        assert sock.sendfile(bench.keep(open(bench.path(BIG), "rb"))) == len(BIG)
+    sock.close()
+    assert received.get() == BIG
+    assert grown.fallbacks == {"blocking": 1}
+
+
+@pytest.mark.parametrize("gone", ["close", "detach"])
+def test_a_socket_that_was_closed_is_not_taken(bench, gone):
+    sock, _ = bench.pair()
+    fd = sock.fileno()
+    getattr(sock, gone)()
+    assert role(stream_socket, sock) == "closed"
+    if gone == "detach":
+        os.close(fd)
+
+
+def test_a_nonblocking_socket_is_not_taken(bench):
+    sock, _ = bench.pair()
+    sock.setblocking(False)
+    assert role(stream_socket, sock) == "nonblocking"
+
+
+def encrypted(bench: Bench) -> tuple[Any, Any]:
+    """Return a pair of gevent's TLS sockets. Anonymous Diffie-Hellman needs no certificate."""
+    contexts = []
+    for protocol in (ssl.PROTOCOL_TLS_SERVER, ssl.PROTOCOL_TLS_CLIENT):
+        context = gevent.ssl.SSLContext(protocol)
+        context.check_hostname = False
+        context.verify_mode = ssl.CERT_NONE
+        context.maximum_version = ssl.TLSVersion.TLSv1_2
+        context.set_ciphers("AECDH-AES256-SHA:@SECLEVEL=0")
+        contexts.append(context)
+    one, other = bench.pair(tcp=True)
+    server = bench.spawn(lambda: contexts[0].wrap_socket(one, server_side=True))
+    client = bench.keep(contexts[1].wrap_socket(other))
+    return bench.keep(server.get()), client
+
+
+@pytest.mark.parametrize("size", [1000, 5 << 20])
+def test_bytes_sent_over_tls_are_encrypted_by_the_original(bench, size):
+    sender, peer = encrypted(bench)
+    assert isinstance(sender, gevent.socket.socket)
+    assert type(sender).sendfile is not get_original("gevent._socket3.socket", "sendfile")
+    assert role(stream_socket, sender) == "socket_type"
+
+    def read() -> bytes:
+        return b"".join(iter(lambda: peer.recv(min(1 << 16, size)), b""))
+
+    received = bench.spawn(read)
+    with counting() as grown:
+        assert sender.sendfile(bench.keep(open(bench.path(BIG[:size]), "rb"))) == size
+        sender.shutdown(stdlib_socket.SHUT_WR)
+        assert received.get() == BIG[:size]
+    assert grown.bytes_sendfile == grown.bytes_copied == 0
+
+
+def test_files_of_tls_sockets_are_copied_by_the_original(bench):
+    sender, peer = encrypted(bench)
+    received = bench.spawn(lambda: peer.makefile("rb").read(len(BIG)))
+    with counting() as grown:
+        sink_file = sender.makefile("wb")
+        shutil.copyfileobj(bench.keep(open(bench.path(BIG), "rb")), sink_file)
+        sink_file.flush()
+        assert received.get() == BIG
+    assert grown.fallbacks == {"socket_type": 1}
+    assert grown.transfers == 0
+
+
+# --- where the caller is ---
+
+
+def in_a_thread(function: Callable[[], Any]) -> Any:
+    """Run *function* in a native thread that has no hub and return what it returns."""
+    results: list[Any] = []
+
+    def run() -> None:
+        try:
+            results.append(function())
+        except BaseException as err:  # noqa: BLE001 - for the caller
+            results.append(err)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    while thread.is_alive():
+        gevent.sleep(0.001)
+    (result,) = results
+    if isinstance(result, BaseException):
+        raise result
+    return result
+
+
+def test_a_socket_of_another_threads_hub_is_not_taken(bench):
+    sock, _ = bench.pair()
+
+    def elsewhere(with_hub: bool) -> str:
+        if with_hub:
+            gevent.get_hub()
+        try:
+            return role(stream_socket, sock)
+        finally:
+            if with_hub:
+                gevent.get_hub().destroy(destroy_loop=True)
+
+    assert in_a_thread(lambda: elsewhere(with_hub=False)) == "other_hub"
+    assert in_a_thread(lambda: elsewhere(with_hub=True)) == "other_hub"
+    assert role(stream_socket, sock) == SOCKET
+
+
+def test_a_thread_without_a_hub_copies_files_and_gets_no_hub(bench):
+    src, dst = bench.path(BIG), bench.path()
+
+    def copy() -> Any:
+        with open(src, "rb") as fsrc, open(dst, "wb") as fdst:
+            shutil.copyfileobj(fsrc, fdst)
+        return get_hub_if_exists()
+
+    with counting() as grown:
+        assert in_a_thread(copy) is None
+    assert dst.read_bytes() == BIG
+    assert grown.bytes_copy_file_range + grown.bytes_sendfile == len(BIG)
+    assert grown.fallbacks == {}
+
+
+def test_a_thread_without_a_hub_leaves_pipes_to_the_original(bench):
+    dst = bench.path()
+
+    def copy() -> None:
+        with open(bench.pipe_from(BIG[:10_000]), "rb") as fsrc, open(dst, "wb") as fdst:
+            shutil.copyfileobj(fsrc, fdst)
+
+    with counting() as grown:
+        in_a_thread(copy)
+    assert dst.read_bytes() == BIG[:10_000]
+    assert grown.fallbacks == {"other_hub": 1}
+
+
+def in_the_hub(function: Callable[[], Any]) -> Any:
+    """Run *function* in the hub's own greenlet, which cannot wait."""
+    result = gevent.event.AsyncResult()
+
+    def run() -> None:
+        try:
+            result.set(function())
+        except BaseException as err:  # noqa: BLE001 - for the caller
+            result.set_exception(err)
+
+    gevent.get_hub().loop.run_callback(run)
+    return result.get()
+
+
+def test_in_the_hub_a_socket_is_not_taken(bench):
+    sock, _ = bench.pair()
+    assert in_the_hub(lambda: role(stream_socket, sock)) == "other_hub"
+
+
+def test_in_the_hub_sendfile_fails_as_the_original_does(bench):
+    def attempt(function: Callable[..., Any]) -> type[BaseException]:
+        sender, _ = bench.pair()
+        file = bench.keep(open(bench.path(BIG), "rb"))
+        with pytest.raises(BaseException) as caught:
+            in_the_hub(lambda: function(sender, file))
+        return caught.type
+
+    wanted = attempt(get_original("gevent._socket3.socket", "sendfile"))
+    with counting() as grown:
+        assert attempt(gevent.socket.socket.sendfile) is wanted
+    assert grown.fallbacks == {"other_hub": 1}
+
+
+def test_in_the_hub_files_are_copied(bench):
+    dst = bench.path()
+
+    def copy() -> None:
+        with open(bench.path(BIG), "rb") as fsrc, open(dst, "wb") as fdst:
+            shutil.copyfileobj(fsrc, fdst)
+
+    in_the_hub(copy)
+    assert dst.read_bytes() == BIG
+
+
+# --- closed under way ---
+
+
+@pytest.mark.parametrize("victim", ["socket", "file"])
+@pytest.mark.parametrize("tcp", [False, True], ids=["unix", "tcp"])
+def test_sendfile_when_another_greenlet_closes_it(bench, victim, tcp):
+    def attempt(function: Callable[..., Any]) -> tuple[type[BaseException], int | None]:
+        sender, peer = bench.pair(tcp)
+        file = bench.keep(open(bench.path(BIG * 4), "rb"))
+        sending = gevent.spawn(function, sender, file)
+        peer.recv(1)
+        gevent.idle()  # sendfile waits for room now
+        (sender if victim == "socket" else file).close()
+        received = receiver(peer)
+        sending.join()
+        sender.close()
+        received.get()
+        err = sending.exception
+        assert err is not None
+        return type(err), getattr(err, "errno", None)
+
+    wanted = attempt(get_original("gevent._socket3.socket", "sendfile"))
+    with counting() as grown:
+        assert attempt(gevent.socket.socket.sendfile) == wanted
+    assert grown.bytes_sendfile > 0
+
+
+@pytest.mark.parametrize("victim", ["source", "sink"])
+@pytest.mark.parametrize("kind", ["socket", "pipe"])
+def test_copyfileobj_when_another_greenlet_closes_it(bench, kind, victim):
+    """The source gives some bytes and then nothing, so that the copy waits for it."""
+
+    def attempt(function: Callable[..., Any]) -> tuple[type[BaseException], int | None]:
+        if kind == "pipe":
+            read_end, write_end = os.pipe()
+            src = bench.keep(FileObjectPosix(read_end, "rb", 0))
+            feed = bench.keep(open(write_end, "wb", 0)).write
+        else:
+            ours, theirs = bench.pair()
+            src = bench.keep(ours.makefile("rb", 0))
+            ours.close()  # the file keeps the connection
+            feed = theirs.sendall
+        sender, peer = bench.pair()
+        dst = bench.keep(sender.makefile("wb", 0))
+        copying = gevent.spawn(function, src, dst)
+        feed(b"some bytes")
+        assert peer.recv(100) == b"some bytes"
+        gevent.idle()  # the copy waits for more now
+        (src if victim == "source" else dst).close()
+        if victim == "sink":
+            feed(b"more")
+        copying.join()
+        return type(copying.exception), getattr(copying.exception, "errno", None)
+
+    wanted = attempt(get_original("shutil", "copyfileobj"))
+    with counting() as grown:
+        assert attempt(shutil.copyfileobj) == wanted
+    assert grown.bytes_spliced == len(b"some bytes")
+
+
+# --- the cost ---
+
+
+def test_extracting_a_zip_file_hands_every_member_on(tmp_path):
+    archive = tmp_path / "many.zip"
+    with zipfile.ZipFile(archive, "w") as file:
+        for number in range(300):
+            file.writestr(f"{number}", b"small")
+    with counting() as grown, zipfile.ZipFile(archive) as file:
+        file.extractall(tmp_path / "out")
+    assert len(list((tmp_path / "out").iterdir())) == 300
+    assert grown.fallbacks == {"source_type": 300}
+    assert grown.transfers == grown.pipes_created == 0
+
+
+def test_what_is_never_ours_is_not_remembered():
+    """Programs make classes by the thousand: each object of a mock has one."""
+    before = len(recognise._known)
+    for _ in range(100):
+        assert role(source, type("Made", (), {})()) == "source_type"
+    assert len(recognise._known) == before

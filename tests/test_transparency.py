@@ -1,0 +1,677 @@
+"""The patched names give what the unpatched ones give, whatever they are handed.
+
+Each case is made twice and run through both. That the bytes arrive proves little, as a fallback
+delivers them too: each case also states which way it must have gone. Where gsplice is meant to
+differ, the test says how.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import errno
+import io
+import os
+import shutil
+import socket as stdlib_socket
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import gevent
+import gevent.socket
+import pytest
+from conftest import counting, receive_all, some_bytes
+from gevent.monkey import get_original
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from kinds import (
+    FILE,
+    FITS,
+    OLD,
+    PIPE,
+    SINKS,
+    SOCKET,
+    SOURCES,
+    Bench,
+    PlainSubclass,
+    Sink,
+    Source,
+    as_class,
+)
+
+from gsplice.config import SMALL
+
+
+def unpatched_sendfile(*args: Any) -> int:
+    return get_original("gevent._socket3.socket", "sendfile")(*args)
+
+
+def unpatched_copyfileobj(*args: Any) -> None:
+    get_original("shutil", "copyfileobj")(*args)
+
+
+KiB, MiB = 1 << 10, 1 << 20
+
+#: Sizes around each boundary, and some pipes full.
+SIZES = st.builds(
+    lambda base, more: max(0, base + more),
+    st.sampled_from([0, 10, 4 * KiB, 8 * KiB, SMALL, SMALL + 10, 1 * MiB, 2 * MiB, 5 * MiB]),
+    st.integers(-1, 1),
+)
+
+CONTENT = some_bytes(5 * MiB + 1)
+
+PENDING = b"written before"
+AFTER = b"written after"
+
+#: Each test runs on so many examples, and in the long run on twenty times as many.
+many_examples = pytest.mark.parametrize(
+    "examples",
+    [300, pytest.param(6000, marks=[pytest.mark.long, pytest.mark.timeout(1800)])],
+    ids=["short", "long"],
+)
+
+
+def run_on(examples: int, check: Callable[..., None], **strategies: st.SearchStrategy[Any]) -> None:
+    settings(
+        max_examples=examples,
+        deadline=None,
+        suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+    )(given(**strategies)(check))()
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Callable[[], contextlib.AbstractContextManager[Bench]]:
+    """Open a fresh bench, for as many examples as there are."""
+
+    @contextlib.contextmanager
+    def open_bench() -> Iterator[Bench]:
+        with gevent.Timeout(60), Bench(tmp_path) as fresh:
+            yield fresh
+
+    return open_bench
+
+
+@dataclasses.dataclass
+class Outcome:
+    """What can be seen after a call; compared as a whole."""
+
+    result: Any = None
+    error: tuple[type[BaseException], int | None] | None = None
+    arrived: bytes | None = dataclasses.field(default=None, repr=False)
+    #: Where the objects stand, and what the source gives when it is read on.
+    source_at: int | None = None
+    sink_at: int | None = None
+    next_bytes: bytes | None = None
+
+    def call(self, function: Callable[..., Any], *args: Any) -> None:
+        try:
+            self.result = function(*args)
+        except Exception as err:  # noqa: BLE001 - whatever it is, the other must raise it too
+            self.error = type(err), getattr(err, "errno", None)
+
+
+def position(obj: Any) -> int | None:
+    """Return where *obj* stands, if it stands anywhere."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        return obj.tell()
+    return None
+
+
+def read_on(obj: Any) -> Any:
+    """Return the next bytes of *obj*, if it is a file."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        return obj.read(7) if obj.seekable() else None
+    return None
+
+
+def read_before(obj: Any, size: int) -> None:
+    """Read *size* bytes of *obj*, so that it stands there and has read ahead, if it can."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        while size > 0 and (data := obj.read(size)):
+            size -= len(data)  # a raw one may give less
+
+
+def moved(grown: SimpleNamespace) -> int:
+    return (
+        grown.bytes_spliced
+        + grown.bytes_sendfile
+        + grown.bytes_copy_file_range
+        + grown.bytes_copied
+    )
+
+
+# --- sendfile ---
+
+
+@dataclasses.dataclass(frozen=True)
+class Send:
+    """A call of sendfile."""
+
+    kind: Source
+    size: int
+    ahead: int = 0
+    offset: Any = 0
+    count: Any = None
+    timeout: Any = None
+    tcp: bool = False
+    subclass: bool = False
+
+    def run(self, bench: Bench, function: Callable[..., Any]) -> Outcome:
+        data = CONTENT[: self.size]
+        source = bench.keep(self.kind.make(bench, data))
+        sender, peer = bench.pair(self.tcp)
+        if self.subclass:
+            sender = as_class(bench, PlainSubclass, sender)
+        received = bench.spawn(receive_all, peer)
+        read_before(source, self.ahead)
+        sender.settimeout(self.timeout)
+        outcome = Outcome()
+        outcome.call(function, sender, source, self.offset, self.count)
+        outcome.source_at = position(source)
+        outcome.next_bytes = read_on(source)
+        sender.close()
+        outcome.arrived = received.get()
+        return outcome
+
+    @property
+    def reason(self) -> str | None:
+        """Say why the call goes to the original; None: it does not."""
+        if self.timeout == 0:
+            return "nonblocking"
+        if self.kind.role != FILE:
+            return "source_type" if self.kind.role in (PIPE, SOCKET) else self.kind.role
+        return None if type(self.offset) is int else "arguments"
+
+    def check(self, open_bench: Callable[[], contextlib.AbstractContextManager[Bench]]) -> None:
+        with open_bench() as bench:
+            wanted = self.run(bench, unpatched_sendfile)
+        with open_bench() as bench, counting() as grown:
+            got = self.run(bench, gevent.socket.socket.sendfile)
+        start = self.offset or min(self.ahead, self.size)
+        if self.reason is None and got.result and not self.offset:
+            # gevent leaves the file at the number of bytes sent, wherever it began.
+            assert got.source_at == start + got.result
+            assert got.next_bytes == CONTENT[: self.size][start + got.result :][:7]
+            got.source_at, got.next_bytes = wanted.source_at, wanted.next_bytes
+        assert got == wanted
+        assert grown.pipes_in_use == 0
+        if self.reason is not None:
+            assert grown.fallbacks == {self.reason: 1}
+            assert moved(grown) == 0
+            return
+        assert grown.fallbacks == {}
+        if got.error is not None:
+            assert moved(grown) == 0
+            return
+        assert moved(grown) == got.result == len(got.arrived or b"")
+        expected = max(self.size - start, 0)
+        if self.count is not None:
+            expected = min(expected, self.count)
+        assert got.result == expected
+        if expected <= SMALL:
+            assert grown.bytes_copied == expected
+        else:
+            read_ahead = 1 << 18 if self.kind.name == "big buffer" else io.DEFAULT_BUFFER_SIZE
+            assert grown.bytes_copied <= (read_ahead if self.ahead else 0)
+            assert grown.bytes_sendfile == expected - grown.bytes_copied
+        assert grown.transfers == (1 if expected else 0)
+
+
+def kinds(all_kinds: tuple[Any, ...], where: Callable[[Any], bool] = lambda kind: True) -> Any:
+    return [pytest.param(kind, id=kind.name) for kind in all_kinds if where(kind)]
+
+
+@pytest.mark.parametrize("size", [1000, 200 * KiB])
+@pytest.mark.parametrize("kind", kinds(SOURCES))
+def test_sendfile_takes_each_kind_or_hands_it_on(bench, kind, size):
+    Send(kind, min(size, kind.most)).check(bench)
+
+
+@pytest.mark.parametrize("offset", [0, 1, 100 * KiB, 300 * KiB, -1, True, 2.5, None, "1", 1 << 63])
+@pytest.mark.parametrize("count", [None, 0, -1, 2.5, True, 1, 150 * KiB, 1 << 40, "2"])
+def test_sendfile_with_every_argument(bench, offset, count):
+    Send(SOURCES[0], 200 * KiB, ahead=10, offset=offset, count=count).check(bench)
+
+
+def sends() -> st.SearchStrategy[Send]:
+    return st.builds(
+        lambda size, **rest: Send(size=min(size, rest["kind"].most), **rest),
+        kind=st.sampled_from([kind for kind in SOURCES if kind.role == FILE])
+        | st.sampled_from(SOURCES),
+        size=SIZES,
+        ahead=st.sampled_from([0, 0, 10, 5000, 70 * KiB]),
+        offset=st.just(0)
+        | st.sampled_from([1, 100, 8 * KiB, 300 * KiB, 6 * MiB, -1, True, 2.5, None, "1"]),
+        count=st.none() | SIZES | st.sampled_from([-1, 2.5, True, 1, 9 * MiB, "2"]),
+        timeout=st.none() | st.just(30.0) | st.sampled_from([None, 0]),
+        tcp=st.booleans(),
+        subclass=st.booleans(),
+    )
+
+
+@many_examples
+def test_sendfile(bench, examples):
+    run_on(examples, lambda case: case.check(bench), case=sends())
+
+
+# --- copyfileobj ---
+
+
+@dataclasses.dataclass(frozen=True)
+class Copy:
+    """A call of copyfileobj."""
+
+    source: Source
+    sink: Sink
+    size: int
+    ahead: int = 0
+    #: What was done to the sink before: nothing, "pending" writes, "read", "past" its end.
+    before: str = "nothing"
+    length: Any = 0
+
+    def run(self, bench: Bench, function: Callable[..., Any]) -> Outcome:
+        source = bench.keep(self.source.make(bench, CONTENT[: self.size]))
+        sink, collect = self.sink.make(bench)
+        bench.keep(sink)
+        read_before(source, self.ahead)
+        self._prepare(sink)
+        outcome = Outcome()
+        outcome.call(function, source, sink, self.length)
+        outcome.source_at, outcome.sink_at = position(source), position(sink)
+        outcome.next_bytes = read_on(source)
+        with contextlib.suppress(OSError, ValueError, AttributeError, TypeError):
+            sink.write(AFTER)
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            sink.close()
+        outcome.arrived = collect()
+        return outcome
+
+    def _prepare(self, sink: Any) -> None:
+        with contextlib.suppress(OSError, ValueError, AttributeError, TypeError):
+            if self.before == "pending":
+                sink.write(PENDING)
+            elif self.before == "past" and sink.seekable():
+                sink.seek(len(OLD) + 100 * KiB)
+            elif self.before == "read" and sink.seekable():
+                sink.read(10)
+
+    @property
+    def rest(self) -> int:
+        """Return how many bytes there are to copy."""
+        return max(self.size - self.ahead, 0)
+
+    @property
+    def reason(self) -> str | None:
+        """Say why the call goes to the original; None: it does not."""
+        if self.length and (type(self.length) is not int or not -1 <= self.length <= 1 << 30):
+            return "arguments"
+        for kind in (self.source, self.sink):
+            if kind.role not in (FILE, SOCKET, PIPE):
+                return kind.role
+        if self.source.role == FILE:
+            if self.rest <= SMALL:
+                return "small"
+            if self.sink.role == PIPE:
+                return "file_to_pipe"
+        return None
+
+    def check(self, open_bench: Callable[[], contextlib.AbstractContextManager[Bench]]) -> None:
+        with open_bench() as bench:
+            wanted = self.run(bench, unpatched_copyfileobj)
+        with open_bench() as bench, counting() as grown:
+            got = self.run(bench, shutil.copyfileobj)
+        assert grown.pipes_in_use == 0
+        if self.reason is not None:
+            assert got == wanted
+            assert grown.fallbacks == {self.reason: 1}
+            assert moved(grown) == 0
+            return
+        if self.sink.short_writes:
+            # The original does not look at what write() returns, and loses what was not taken.
+            before = PENDING if self.before == "pending" else b""
+            assert len(wanted.arrived) <= len(got.arrived)
+            wanted.arrived = before + CONTENT[self.ahead : self.size] + AFTER
+        assert got == wanted
+        assert got.error is None
+        assert grown.fallbacks == {}
+        self._check_way(grown)
+
+    def _check_way(self, grown: SimpleNamespace) -> None:
+        assert moved(grown) == self.rest
+        assert grown.transfers == (1 if self.rest else 0)
+        if self.source.role == FILE:
+            fast = grown.bytes_sendfile + grown.bytes_copy_file_range
+            ahead = self.ahead
+        else:
+            # A buffer that is empty answers only after it has read once.
+            fast = grown.bytes_spliced
+            ahead = "raw" not in self.source.name
+        read_ahead = 1 << 18 if self.source.name == "big buffer" else io.DEFAULT_BUFFER_SIZE
+        assert grown.bytes_copied <= (read_ahead if ahead else 0)
+        assert fast == self.rest - grown.bytes_copied
+        borrowed = grown.acquired_local + grown.acquired_global + grown.acquired_new
+        needs_pipe = self.source.role == SOCKET and self.sink.role != PIPE
+        assert bool(borrowed) == needs_pipe
+
+
+def copy_of(
+    source: Source,
+    sink: Sink,
+    size: int,
+    ahead: int = 0,
+    before: str = "nothing",
+    length: Any = 0,
+) -> Copy:
+    """Return a case that the original function gets through in a time and without blocking."""
+    size = min(size, source.most, sink.most - len(PENDING))
+    if length in (1, True):
+        size = min(size, 2000)
+    case = Copy(source, sink, size, min(ahead, size), before, length)
+    if case.reason not in (None, "small") and sink.short_writes:
+        case = dataclasses.replace(case, size=min(size, FITS // 2))
+        case = dataclasses.replace(case, ahead=min(case.ahead, case.size))
+    return case
+
+
+def kind_named(all_kinds: tuple[Any, ...], name: str) -> Any:
+    return next(kind for kind in all_kinds if kind.name == name)
+
+
+@pytest.mark.parametrize(
+    "sink", kinds(SINKS, lambda kind: kind.name in ("buffered", "socket", "pipe, FileObjectPosix"))
+)
+@pytest.mark.parametrize("source", kinds(SOURCES))
+def test_copyfileobj_takes_each_source_or_hands_it_on(bench, source, sink):
+    copy_of(source, sink, 200 * KiB).check(bench)
+
+
+@pytest.mark.parametrize("before", ["nothing", "pending", "read", "past"])
+@pytest.mark.parametrize(
+    "source", kinds(SOURCES, lambda kind: kind.name in ("buffered", "socket", "pipe"))
+)
+@pytest.mark.parametrize("sink", kinds(SINKS))
+def test_copyfileobj_takes_each_destination_or_hands_it_on(bench, source, sink, before):
+    copy_of(source, sink, 200 * KiB, before=before).check(bench)
+
+
+@pytest.mark.parametrize(
+    "length", [0, None, 1, 4096, -1, -2, 2.5, 0.0, True, "1", "", 1 << 30, 1 << 62, 1 << 63]
+)
+@pytest.mark.parametrize(
+    "source", kinds(SOURCES, lambda kind: kind.name in ("buffered", "raw", "socket", "pipe"))
+)
+def test_copyfileobj_with_every_length(bench, source, length):
+    copy_of(source, kind_named(SINKS, "buffered"), 200 * KiB, length=length).check(bench)
+
+
+def copies() -> st.SearchStrategy[Copy]:
+    taken = (FILE, SOCKET, PIPE)
+    return st.builds(
+        copy_of,
+        source=st.sampled_from([kind for kind in SOURCES if kind.role in taken])
+        | st.sampled_from(SOURCES),
+        sink=st.sampled_from([kind for kind in SINKS if kind.role in taken])
+        | st.sampled_from(SINKS),
+        size=SIZES,
+        ahead=st.sampled_from([0, 0, 10, 5000, 70 * KiB]),
+        before=st.sampled_from(["nothing", "pending", "read", "past"]),
+        length=st.just(0) | st.sampled_from([None, 1, 4096, -1, -2, 2.5, True, "1", 1 << 62]),
+    )
+
+
+@many_examples
+def test_copyfileobj(bench, examples):
+    run_on(examples, lambda case: case.check(bench), case=copies())
+
+
+# --- transfers that fail ---
+
+
+def plug(bench: Bench, tcp: bool) -> tuple[Any, Any]:
+    """Return a pair that takes much less than the tests send, as long as nobody reads."""
+    sender, peer = bench.pair(tcp)
+    sender.setsockopt(stdlib_socket.SOL_SOCKET, stdlib_socket.SO_SNDBUF, 64 * KiB)
+    peer.setsockopt(stdlib_socket.SOL_SOCKET, stdlib_socket.SO_RCVBUF, 64 * KiB)
+    return sender, peer
+
+
+BIG = CONTENT[: 5 * MiB]
+
+
+@pytest.mark.parametrize("tcp", [False, True], ids=["unix", "tcp"])
+@pytest.mark.parametrize("offset", [0, 1000])
+@pytest.mark.parametrize("ahead", [0, 10])
+@pytest.mark.parametrize(
+    "kind", kinds(SOURCES, lambda kind: kind.role == FILE and kind.name != "big buffer")
+)
+def test_sendfile_to_a_receiver_that_does_not_read(bench, kind, ahead, offset, tcp):
+    """Both time out; ours leaves the file where sending stopped."""
+
+    def attempt(function: Callable[..., Any], test: Bench) -> tuple[Outcome, bytes]:
+        source = test.keep(kind.make(test, BIG))
+        read_before(source, ahead)
+        sender, peer = plug(test, tcp)
+        sender.settimeout(0.02)
+        outcome = Outcome()
+        outcome.call(function, sender, source, offset)
+        outcome.source_at, outcome.next_bytes = position(source), read_on(source)
+        sender.close()
+        return outcome, receive_all(peer)
+
+    start = offset or ahead
+    with bench() as test:
+        wanted, _ = attempt(unpatched_sendfile, test)
+    with bench() as test, counting() as grown:
+        got, arrived = attempt(gevent.socket.socket.sendfile, test)
+    assert got.error == wanted.error == (TimeoutError, None)
+    assert arrived == BIG[start : start + len(arrived)]
+    assert 0 < len(arrived) == moved(grown)
+    assert grown.bytes_sendfile > 0
+    assert grown.fallbacks == {}
+    assert got.source_at == start + len(arrived)
+    assert got.next_bytes == BIG[got.source_at :][:7]
+
+
+@pytest.mark.parametrize("size", [1000, 5 * MiB])
+@pytest.mark.parametrize(
+    "state", ["peer has gone", "shut down", "closed", "unconnected", "listening"]
+)
+@pytest.mark.parametrize("name", ["buffered", "raw", "random"])
+def test_sendfile_to_a_socket_that_cannot_send(bench, name, state, size):
+    def attempt(function: Callable[..., Any], test: Bench) -> Outcome:
+        source = test.keep(kind_named(SOURCES, name).make(test, CONTENT[:size]))
+        sender, peer = test.pair()
+        if state == "peer has gone":
+            peer.close()
+        elif state == "shut down":
+            sender.shutdown(stdlib_socket.SHUT_WR)
+        elif state == "closed":
+            sender.close()
+        else:
+            sender = test.keep(gevent.socket.socket())
+            if state == "listening":
+                sender.bind(("127.0.0.1", 0))
+                sender.listen()
+        outcome = Outcome()
+        outcome.call(function, sender, source)
+        outcome.source_at = position(source)
+        return outcome
+
+    with bench() as test:
+        wanted = attempt(unpatched_sendfile, test)
+    with bench() as test, counting() as grown:
+        got = attempt(gevent.socket.socket.sendfile, test)
+    assert got.error == wanted.error
+    assert got.error is not None
+    assert moved(grown) == 0
+    if state == "closed" and (name, size) != ("buffered", 1000):  # too small to be looked at
+        assert grown.fallbacks == {"closed": 1}
+    else:
+        assert grown.fallbacks == {}
+        assert got.source_at == 0  # gevent leaves it at 8192, which it has read and not sent
+
+
+@pytest.mark.parametrize("size", [1000, 200 * KiB])
+def test_sendfile_of_a_file_with_unwritten_bytes(bench, size):
+    """They are a part of it."""
+
+    def attempt(function: Callable[..., Any], test: Bench) -> Outcome:
+        source = test.keep(open(test.path(CONTENT[:size]), "r+b"))
+        source.seek(0, 2)
+        source.write(PENDING)
+        sender, peer = test.pair()
+        received = test.spawn(receive_all, peer)
+        outcome = Outcome()
+        outcome.call(function, sender, source, 1)
+        outcome.source_at = position(source)
+        sender.close()
+        outcome.arrived = received.get()
+        return outcome
+
+    with bench() as test:
+        wanted = attempt(unpatched_sendfile, test)
+    with bench() as test, counting() as grown:
+        assert attempt(gevent.socket.socket.sendfile, test) == wanted
+    assert wanted.arrived == (CONTENT[:size] + PENDING)[1:]
+    assert moved(grown) == len(wanted.arrived)
+    assert grown.fallbacks == {}
+
+
+@pytest.mark.parametrize("ahead", [0, 10])
+@pytest.mark.parametrize("buffering", [0, -1], ids=["raw", "buffered"])
+@pytest.mark.parametrize("name", ["buffered", "raw", "random", "socket", "socket, raw", "pipe"])
+def test_copyfileobj_to_a_receiver_that_does_not_read(bench, name, buffering, ahead):
+    """Both time out; of a file ours leaves what was not delivered to be read again."""
+
+    def attempt(function: Callable[..., Any], test: Bench) -> tuple[Outcome, bytes]:
+        source = test.keep(kind_named(SOURCES, name).make(test, BIG))
+        read_before(source, ahead)
+        sender, peer = plug(test, tcp=False)
+        sender.settimeout(0.02)
+        sink = sender.makefile("wb", buffering)
+        outcome = Outcome()
+        outcome.call(function, source, sink)
+        outcome.source_at, outcome.next_bytes = position(source), read_on(source)
+        sender.shutdown(stdlib_socket.SHUT_WR)
+        arrived = receive_all(peer)
+        with contextlib.suppress(OSError):
+            sink.close()
+        return outcome, arrived
+
+    with bench() as test:
+        wanted, _ = attempt(unpatched_copyfileobj, test)
+    with bench() as test, counting() as grown:
+        got, arrived = attempt(shutil.copyfileobj, test)
+    assert got.error == wanted.error == (TimeoutError, None)
+    assert arrived == BIG[ahead : ahead + len(arrived)]
+    assert 0 < len(arrived) == moved(grown)
+    assert grown.bytes_sendfile + grown.bytes_spliced > 0
+    assert grown.fallbacks == {}
+    if got.source_at is not None:
+        assert got.source_at == ahead + len(arrived)
+        assert got.next_bytes == BIG[got.source_at :][:7]
+
+
+@pytest.mark.parametrize("name", ["buffered", "random"])
+def test_copyfileobj_leaves_what_was_read_ahead_and_not_delivered(bench, name):
+    """The receiver is stuck from the beginning, so that the read-ahead meets the timeout."""
+    with bench() as test, counting() as grown:
+        source = test.keep(kind_named(SOURCES, name).make(test, BIG))
+        read_before(source, 10)
+        sender, _ = plug(test, tcp=False)
+        sender.settimeout(0.02)
+        with pytest.raises(TimeoutError):
+            sender.sendall(BIG)
+        sink = test.keep(sender.makefile("wb", 0))
+        with pytest.raises(TimeoutError):
+            shutil.copyfileobj(source, sink)
+        assert source.tell() == 10
+        assert source.read(7) == BIG[10:17]
+    assert moved(grown) == 0
+
+
+@pytest.mark.parametrize("to", ["buffered", "socket", "pipe, FileObjectPosix"])
+@pytest.mark.parametrize("buffering", [0, -1], ids=["raw", "buffered"])
+def test_copyfileobj_from_a_sender_that_stops(bench, buffering, to):
+    """Both time out, and neither file can be read after that."""
+
+    def attempt(function: Callable[..., Any], test: Bench) -> tuple[Outcome, Outcome, Any]:
+        ours, theirs = test.pair()
+        theirs.sendall(CONTENT[:FITS])
+        ours.settimeout(0.02)
+        source = test.keep(ours.makefile("rb", buffering))
+        sink, collect = kind_named(SINKS, to).make(test)
+        test.keep(sink)
+        first, second = Outcome(), Outcome()
+        first.call(function, source, sink)
+        second.call(function, source, sink)
+        sink.close()
+        return first, second, collect()
+
+    with bench() as test:
+        wanted = attempt(unpatched_copyfileobj, test)
+    with bench() as test, counting() as grown:
+        got = attempt(shutil.copyfileobj, test)
+    assert got[:2] == wanted[:2]
+    assert got[0].error == (TimeoutError, None)
+    assert got[1].error == (OSError, None)
+    assert got[2] == CONTENT[:FITS]  # the original loses what its last read() had got
+    assert grown.fallbacks == {"timed_out": 1}
+    assert moved(grown) == FITS
+    assert grown.pipes_in_use == 0
+
+
+@pytest.mark.parametrize("to", [SOCKET, PIPE])
+@pytest.mark.parametrize("name", ["buffered", "socket", "pipe"])
+def test_copyfileobj_to_somebody_who_has_gone(bench, name, to):
+    def attempt(function: Callable[..., Any], test: Bench) -> Outcome:
+        source = test.keep(kind_named(SOURCES, name).make(test, CONTENT[: 200 * KiB]))
+        if to == PIPE:
+            read_end, write_end = os.pipe()
+            os.close(read_end)
+            sink = open(write_end, "wb", 0)
+        else:
+            ours, theirs = test.pair()
+            theirs.close()
+            sink = ours.makefile("wb", 0)
+        outcome = Outcome()
+        outcome.call(function, source, test.keep(sink))
+        return outcome
+
+    with bench() as test:
+        wanted = attempt(unpatched_copyfileobj, test)
+    with bench() as test, counting() as grown:
+        got = attempt(shutil.copyfileobj, test)
+    assert got == wanted
+    assert got.error == (BrokenPipeError, errno.EPIPE)
+    assert grown.pipes_in_use == 0
+    assert moved(grown) == 0
+    assert grown.fallbacks == ({"file_to_pipe": 1} if (name, to) == ("buffered", PIPE) else {})
+
+
+@pytest.mark.parametrize("buffering", [0, -1], ids=["raw", "buffered"])
+@pytest.mark.parametrize("sink_at", [0, 50 * KiB])
+def test_copyfileobj_onto_the_same_file(bench, sink_at, buffering):
+    """Two file objects on one file are the original's business."""
+
+    def attempt(function: Callable[..., Any], test: Bench) -> Outcome:
+        path = test.path(CONTENT[: 300 * KiB])
+        source, sink = test.keep(open(path, "rb")), test.keep(open(path, "r+b", buffering))
+        source.seek(100 * KiB)
+        sink.seek(sink_at)
+        outcome = Outcome()
+        outcome.call(function, source, sink)
+        outcome.source_at, outcome.sink_at = position(source), position(sink)
+        sink.close()
+        outcome.arrived = path.read_bytes()
+        return outcome
+
+    with bench() as test:
+        wanted = attempt(unpatched_copyfileobj, test)
+    with bench() as test, counting() as grown:
+        assert attempt(shutil.copyfileobj, test) == wanted
+    assert grown.fallbacks == {"same_file": 1}
+    assert moved(grown) == 0
