@@ -7,12 +7,15 @@ import os
 import weakref
 from collections import deque
 from collections.abc import Callable
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from gevent.monkey import get_original
 
 from ._linux import F_GETPIPE_SZ, F_SETPIPE_SZ, LINUX, fcntl
 from .config import CAPACITY_STEPS, DEFAULT_CAPACITY, settings
+
+if TYPE_CHECKING:
+    from ._idle import Home
 
 #: Values of :attr:`Pipe.pending` that are no number of bytes.
 UNKNOWN: Final = -1
@@ -42,6 +45,7 @@ class Pipe:
         "__weakref__",
         "_key",
         "capacity",
+        "home",
         "pending",
         "read_fd",
         "seen",
@@ -58,6 +62,8 @@ class Pipe:
     #: Bytes known to be inside. 0 also means that the pipe may go back to the pool; UNKNOWN that a
     #: fill is under way or was interrupted, or that the pipe is closed; IDLE that the pool has it.
     pending: int
+    #: Whose list it goes back to.
+    home: Home
     #: How often it has been acquired, and how often it had been when reclamation last looked.
     uses: int
     seen: int
@@ -72,22 +78,17 @@ class Pipe:
         self.seen = 0
         alive[key] = weakref.ref(self)
 
-    def close(self) -> None:
-        """Close both ends, once: later calls, from whichever thread, do nothing.
-
-        What the pipe still holds is lost. A pipe that has been released is the pool's to close, and
-        stays as it is. Raises nothing: close(2) releases the descriptor of a pipe whatever it says.
-        """
-        if self.pending != IDLE:
-            self.discard()
-
-    def discard(
+    def close(
         self,
         _forget: Callable[..., object] = alive.pop,
         _close: Callable[[int], None] = _close,
         _closed_uses: deque[int] = closed_uses,
     ) -> None:
-        """Close it, idle or not: for the pool, once it has taken the pipe out of its lists."""
+        """Close both ends, once: later calls, from whichever thread, do nothing.
+
+        What the pipe still holds is lost. Raises nothing: close(2) releases the descriptor of a
+        pipe whatever it returns.
+        """
         if _forget(self._key, None) is None:
             return
         read_fd, write_fd = self.read_fd, self.write_fd
@@ -96,7 +97,6 @@ class Pipe:
         _close(read_fd)
         _close(write_fd)
 
-    # Not of one that the pool has: a finalizer may have released it a moment before this one runs.
     __del__ = close
 
     def __repr__(self) -> str:
@@ -115,7 +115,7 @@ def reserve(limit: int) -> int | None:
     return key
 
 
-def make(key: int) -> Pipe | None:
+def make(key: int, home: Home) -> Pipe | None:
     """Open the pipe that *key* was reserved for; None, with the key given up, if there is none.
 
     The kernel refuses with EMFILE, ENFILE or ENOMEM (pipe(2)), a sandbox with whatever it likes,
@@ -129,6 +129,7 @@ def make(key: int) -> Pipe | None:
     finally:
         if alive.get(key) is None:
             alive.pop(key, None)
+    pipe.home = home
     sizes = (size for most, size in CAPACITY_STEPS if len(alive) <= most)
     wanted = min(settings.pipe_size, next(sizes, DEFAULT_CAPACITY))
     try:

@@ -22,7 +22,7 @@ import gc, json, os, sys, threading, warnings
 warnings.simplefilter('ignore', DeprecationWarning)  # of forking with threads
 {patching}
 import gevent, gevent.monkey, gevent.os, gevent.socket, gsplice
-from gsplice import _pipe, pipes
+from gsplice import _idle, _pipe, pipes
 from gsplice._stats import counters
 from gsplice.pipes import acquire, release
 
@@ -77,13 +77,15 @@ def test_the_child_has_none_of_the_parents_pipes(fork: str) -> None:
         + """
 gevent.get_hub()
 lent = [acquire() for _ in range(4)]
-idle = [acquire() for _ in range(5)]
+idle = [acquire() for _ in range(4)]
 inodes = {inode(pipe) for pipe in [*lent, *idle]}
-def leave_to_all(leaving):
-    release(leaving.pop())
-gevent.monkey.get_original('_thread', 'start_new_thread')(leave_to_all, ([idle.pop()],))
+def leave_to_all():
+    pipe = acquire()
+    inodes.add(inode(pipe))
+    release(pipe)
+gevent.monkey.get_original('_thread', 'start_new_thread')(leave_to_all, ())
 with gevent.Timeout(30):
-    while not pipes._shared:  # until the thread has ended
+    while not _idle.shared:  # until the thread has ended
         gevent.sleep(0.001)
 while idle:
     release(idle.pop())
@@ -152,6 +154,21 @@ def child():
 fork(child)
 assert inode(acquire()) == first
 """
+    )
+
+
+def test_a_pipe_that_another_thread_is_making_does_not_count_in_the_child() -> None:
+    run_program(
+        FORKS["os.fork"]
+        + """
+key = _pipe.reserve(9)
+def child():
+    assert gsplice.stats().pipes_in_use == 0
+    assert None not in [acquire() for _ in range(5)]
+fork(child)
+assert _pipe.alive.pop(key) is None
+""",
+        GSPLICE_MAX_PIPES=5,
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import select
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -292,6 +293,35 @@ def test_a_pipe_closed_under_way(tmp_path: Path, end: str) -> None:
             victim.check()
     assert results[0] == results[1]
     assert results[0] is not type(None)
+
+
+@pytest.mark.parametrize("end", ["reader", "writer"])
+def test_a_pipe_closed_while_the_other_end_is_waited_for(tmp_path: Path, end: str) -> None:
+    """Nobody waits for the pipe, so nothing but asking again tells that its number is another's."""
+    with Ends(tmp_path, buffers=4 * KiB) as ends:
+        reader, writer = ends.pipe(buffering=0)
+        sock, peer = ends.connect("unix")
+        if end == "reader":
+            moving, ours = ends.spawn(gsplice.copy, reader, sock), reader
+            while not is_waited_for(sock):
+                gevent.sleep(0)
+                if select.select([], [writer.fileno()], [], 0)[1]:
+                    writer.write(bytes(64 * KiB))
+        else:
+            moving, ours = ends.spawn(gsplice.copy, sock, writer), writer
+            until(lambda: is_waited_for(sock, "read"))
+        number = ours.fileno()
+        ours.close()
+        until(lambda: not os.path.exists(f"/proc/self/fd/{number}"))
+        victim = Victim(tmp_path, number)
+        if end == "reader":
+            arrived = receiver(peer)
+            ends.callback(arrived.kill)
+        else:
+            peer.sendall(b"not for the victim")
+        with pytest.raises((ValueError, OSError)):
+            moving.get(timeout=GUARD)
+        victim.check()
 
 
 def test_a_broken_connection_leaves_no_byte_for_the_next(tmp_path: Path) -> None:

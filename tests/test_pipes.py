@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 import gsplice
-from gsplice import _pipe, pipes
+from gsplice import _idle, _pipe, pipes
 from gsplice.config import LOW_WATER, settings
 from gsplice.pipes import IDLE, UNKNOWN, Pipe, acquire, release
 
@@ -30,9 +30,9 @@ MiB = 1024 * KiB
 
 def empty_the_pool() -> None:
     """Close every idle pipe."""
-    for idle in pipes._idle_lists():
+    for idle in _idle.idle_lists():
         while idle:
-            idle.pop().discard()
+            idle.pop().close()
 
 
 @pytest.fixture
@@ -42,7 +42,7 @@ def limits(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
     def limit(**values: int) -> None:
         for name, value in values.items():
             monkeypatch.setattr(settings, name, value)
-        monkeypatch.setattr(pipes, "_room", settings.max_idle_hub)
+        monkeypatch.setattr(pipes._keeper().home, "room", settings.max_idle_hub)
 
     release(lend())  # the thread has its list now
     empty_the_pool()
@@ -97,23 +97,45 @@ def assert_balanced() -> None:
 def test_a_pipe_comes_from_the_hub_then_from_all_then_from_the_kernel(
     limits: Callable[..., None],
 ) -> None:
-    in_thread(lambda: release(lend()))
-    release_later = lend()
+    left: list[int] = []
+
+    def leave_one() -> None:
+        pipe = lend()
+        left.append(inode(pipe))
+        release(pipe)
+
     mine = lend()
+    in_thread(leave_one)
     release(mine)
-    in_thread(lambda: release(release_later))
     with counting() as first:
         assert acquire() is mine
     with counting() as second:
-        assert acquire() is release_later
+        shared = lend()
+    assert [inode(shared)] == left
     with counting() as third:
         new = lend()
     assert (first.acquired_local, first.acquired_global, first.acquired_new) == (1, 0, 0)
     assert (second.acquired_local, second.acquired_global, second.acquired_new) == (0, 1, 0)
     assert (third.acquired_local, third.acquired_global, third.acquired_new) == (0, 0, 1)
     assert third.pipes_created == 1
-    for pipe in (mine, release_later, new):
+    for pipe in (mine, shared, new):
         release(pipe)
+
+
+def test_a_pipe_goes_back_to_the_hub_that_acquired_it(limits: Callable[..., None]) -> None:
+    pipe = lend()
+    in_thread(lambda: release(pipe))
+    assert pipes._here.idle == [pipe]
+
+
+def test_a_pipe_whose_hub_is_gone_goes_to_all(limits: Callable[..., None]) -> None:
+    lent: list[Pipe] = []
+    in_thread(lambda: lent.append(lend()))
+    release(lent[0])
+    assert _idle.shared == lent
+    assert acquire() is lent[0]
+    release(lent[0])
+    assert pipes._here.idle == lent
 
 
 def test_the_newest_pipe_comes_first(limits: Callable[..., None]) -> None:
@@ -134,7 +156,7 @@ def test_a_released_pipe_goes_to_the_hub_then_to_all_then_away(limits: Callable[
     assert [pipe.pending for pipe in lent] == [IDLE, IDLE, IDLE, UNKNOWN]
     assert (grown.pipes_idle, grown.pipes_closed, grown.pipes_in_use) == (3, 1, -4)
     assert lent[0] in pipes._here.idle
-    assert lent[1:3] == pipes._shared
+    assert lent[1:3] == _idle.shared
     assert list(map(is_open, inodes)) == [True, True, True, False]
 
 
@@ -229,7 +251,7 @@ PROGRAM = """
 import contextlib, gc, os, resource, sys, threading
 from fcntl import F_GETPIPE_SZ, F_SETPIPE_SZ, fcntl
 import gevent, gevent.socket, gsplice
-from gsplice import _pipe, pipes
+from gsplice import _idle, _pipe, pipes
 from gsplice.config import LOW_WATER, settings
 from gsplice.pipes import acquire, release
 MiB = 1 << 20
@@ -324,7 +346,7 @@ release(pipe)
 transfer(ends)
 assert gsplice.stats().bytes_spliced == 3 * MiB
 assert gsplice.stats().acquired_new == 1
-pipes._here.idle.pop().discard()
+pipes._here.idle.pop().close()
 while take() > 8192:
     pass
 now = descriptors()
@@ -448,6 +470,40 @@ def test_closed_once_by_many_threads(limits: Callable[..., None]) -> None:
         os.close(fd)
 
 
+def close_interrupted(pipe: Pipe, at: int) -> bool:
+    """Close *pipe*; at line *at* of that, somebody else closes it too and opens another."""
+    theirs: list[int] = []
+    lines = 0
+
+    def trace(frame: Any, event: str, arg: object) -> Any:
+        nonlocal lines
+        if frame.f_code.co_filename != _pipe.__file__:
+            return None
+        lines += event == "line"
+        if lines == at and not theirs:
+            pipe.close()
+            theirs.extend(os.pipe())
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        pipe.close()
+    finally:
+        sys.settrace(before)
+    for fd in theirs:
+        os.close(fd)  # EBADF if closed before
+    return bool(theirs)
+
+
+def test_closed_once_whenever_another_close_comes_in_between(limits: Callable[..., None]) -> None:
+    interrupted = 0
+    while close_interrupted(lend(), interrupted + 1):
+        interrupted += 1
+    assert interrupted >= 5
+    assert_balanced()
+
+
 def test_dropping_the_last_reference_closes(limits: Callable[..., None]) -> None:
     pipe = lend()
     number = inode(pipe)
@@ -520,7 +576,7 @@ def test_a_burst_is_reclaimed_by_the_hub() -> None:
         PROGRAM
         + BURST_WITHOUT_GC
         + """
-pipes.RECLAIM_PERIOD = 0.05
+_idle.RECLAIM_PERIOD = 0.05
 before = descriptors()
 for _ in range(2):  # the second time after the timer had its rest
     burst()
@@ -546,7 +602,7 @@ def test_a_hub_reclaims_pipes_that_another_hub_made() -> None:
         PROGRAM
         + BURST_WITHOUT_GC
         + """
-pipes.RECLAIM_PERIOD = 0.05
+_idle.RECLAIM_PERIOD = 0.05
 def other():
     burst()
     gevent.get_hub().destroy()
@@ -567,7 +623,7 @@ def test_a_hub_reclaims_pipes_that_its_predecessor_made() -> None:
         PROGRAM
         + BURST_WITHOUT_GC
         + """
-pipes.RECLAIM_PERIOD = 0.05
+_idle.RECLAIM_PERIOD = 0.05
 burst()
 hub.destroy(destroy_loop=True)
 del hub
@@ -602,7 +658,7 @@ def test_idle_pipes_keep_no_hub_running() -> None:
     run_program(
         PROGRAM
         + """
-pipes.RECLAIM_PERIOD = 3600
+_idle.RECLAIM_PERIOD = 3600
 gevent.get_hub()
 release(acquire())
 assert gevent.get_hub().join(timeout=30) is True
@@ -726,7 +782,7 @@ class Interrupted:
     def __exit__(self, *error):
         sys.settrace(None)
     def trace(self, frame, event, arg):
-        if frame.f_code.co_filename not in (pipes.__file__, _pipe.__file__):
+        if frame.f_code.co_filename not in (pipes.__file__, _idle.__file__, _pipe.__file__):
             return None
         if event == 'line':
             self.passed += 1
@@ -751,9 +807,9 @@ def use():
     pipe = acquire()
     assert pipe.read_fd >= 0
     release(pipe)
-    pipes._hand_over(pipes._here.idle)  # as when a hub is gone
-    while pipes._shared:
-        pipes._shared.pop().discard()
+    _idle.hand_over(pipes._here.idle)  # as when a hub is gone
+    while _idle.shared:
+        _idle.shared.pop().close()
 
 failed = []
 def go_on_interrupted():
@@ -763,7 +819,7 @@ def go_on_interrupted():
         leaving = threading.Thread(target=leave_two)  # for the shared list
         leaving.start()
         leaving.join()
-        for pipe in pipes._shared:
+        for pipe in _idle.shared:
             pipe.seen = pipe.uses  # one more look, and they are closed
         pipe = None
         interrupted = Interrupted(at)
@@ -785,8 +841,8 @@ for _ in range(2):  # in the second thread nothing has been set up either
     thread.start()
     thread.join()
 assert not failed, failed
-assert where >= {'acquire', 'release', '_acquire_elsewhere', '_release_elsewhere', '_settle',
-                 '_hand_over', 'make', 'reserve', '__init__', 'close'}, where
+assert where >= {'acquire', 'release', '_acquire_elsewhere', '_release_elsewhere', '_keeper',
+                 'hand_over', 'make', 'reserve', '__init__', 'close'}, where
 assert balanced().pipes_in_use == 0
 """
 
@@ -800,7 +856,7 @@ def interrupt():
     gc.collect()
 """,
     "reclaimed to the last": """
-pipes.LOW_WATER = 0
+_idle.LOW_WATER = 0
 def interrupt():
     pipes.reclaim()
     pipes.reclaim()
@@ -966,7 +1022,7 @@ class PoolAgainstModel(RuleBasedStateMachine):
         self.undo.setattr(settings, "max_pipes", MOST)
         self.undo.setattr(settings, "max_idle", SHARED_ROOM)
         self.undo.setattr(settings, "max_idle_hub", HUB_ROOM)
-        self.undo.setattr(pipes, "_room", HUB_ROOM)
+        self.undo.setattr(pipes._keeper().home, "room", HUB_ROOM)
         self.before = gsplice.stats()
         self.lent: dict[int, Pipe] = {}
         self.local: list[int] = []
@@ -1010,12 +1066,7 @@ class PoolAgainstModel(RuleBasedStateMachine):
     def release(self, which: int) -> None:
         number, pipe = self.take(which)
         release(pipe)
-        if len(self.local) < HUB_ROOM:
-            self.local.append(number)
-        elif len(self.shared) < SHARED_ROOM:
-            self.shared.append(number)
-        else:
-            self.gone.add(number)
+        self.comes_back(number)
         if number not in self.gone:
             with pytest.raises(ValueError, match="twice"):
                 release(pipe)
@@ -1025,7 +1076,12 @@ class PoolAgainstModel(RuleBasedStateMachine):
     def another_thread_releases(self, which: int) -> None:
         number, pipe = self.take(which)
         in_thread(lambda: release(pipe))
-        if len(self.shared) < SHARED_ROOM:
+        self.comes_back(number)
+
+    def comes_back(self, number: int) -> None:
+        if len(self.local) < HUB_ROOM:
+            self.local.append(number)
+        elif len(self.shared) < SHARED_ROOM:
             self.shared.append(number)
         else:
             self.gone.add(number)

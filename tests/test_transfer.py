@@ -174,6 +174,25 @@ def test_an_end_can_be_used_on_after_a_copy(ends: Ends, source: str, sink: str) 
     assert digest(finish()) == digest(b"before" + data + b"between" + data)
 
 
+@pytest.mark.parametrize("source", ["file", "tcp", "pipe"])
+def test_a_destination_open_for_both_can_be_read_and_written_on(
+    ends: Ends, tmp_path: Path, source: str
+) -> None:
+    data, old = some_bytes(MANY), some_bytes(5 * MiB, seed=1)
+    path = file_of(tmp_path / "both", len(old), seed=1)
+    with path.open("r+b") as dst:
+        assert dst.read(10) == old[:10]  # and it has read ahead
+        dst.write(b"0123456789")
+        shutil.copyfileobj(ends.source(source, data), dst)
+        assert dst.tell() == 20 + MANY
+        assert dst.read(10) == old[20 + MANY :][:10]
+        dst.write(b"x")
+        dst.seek(-21, os.SEEK_CUR)
+        assert dst.read(10) == data[-10:]
+    new = old[:10] + b"0123456789" + data + old[20 + MANY :][:10] + b"x"
+    assert digest(path.read_bytes()) == digest(new + old[len(new) :])
+
+
 @pytest.mark.parametrize("size", [0, 1, 64 * KiB, 64 * KiB + 1])
 @pytest.mark.parametrize("sink", ["file", "tcp", "pipe"])
 @pytest.mark.parametrize("source", ["file", "tcp", "pipe"])
@@ -276,7 +295,10 @@ def test_a_file_copied_onto_itself(tmp_path: Path, start: int) -> None:
             ends_at = src.tell(), dst.tell()
         return digest(path.read_bytes()), *ends_at
 
-    assert run(shutil.copyfileobj) == run(unpatched_copyfileobj)
+    with counting() as grown:
+        patched = run(shutil.copyfileobj)
+    assert patched == run(unpatched_copyfileobj)
+    assert grown.fallbacks == {"same_file": 1}
 
 
 def test_devices_go_the_ordinary_way(ends: Ends) -> None:

@@ -427,6 +427,57 @@ def test_copyfileobj(bench, examples):
     run_on(examples, lambda case: case.check(bench), case=copies())
 
 
+@pytest.mark.parametrize("call", ["sendfile", "copyfileobj"])
+@pytest.mark.parametrize("size", [30 * KiB, 300 * KiB])
+def test_what_was_read_ahead_goes_first(bench, call, size):
+    """Even if the file says something else by now, as somebody has overwritten it since."""
+
+    def attempt(patched: bool, test: Bench) -> bytes:
+        path = test.path(CONTENT[:size])
+        source = test.keep(open(path, "rb"))
+        source.read(10)
+        path.write_bytes(bytes(size))
+        sender, peer = test.pair()
+        received = test.spawn(receive_all, peer)
+        if call == "sendfile":
+            (gevent.socket.socket.sendfile if patched else unpatched_sendfile)(sender, source)
+        else:
+            copy = shutil.copyfileobj if patched else unpatched_copyfileobj
+            with sender.makefile("wb") as sink:
+                copy(source, sink)
+        sender.close()
+        return received.get()
+
+    with bench() as test:
+        wanted = attempt(False, test)
+    with bench() as test, counting() as grown:
+        assert attempt(True, test) == wanted
+    assert wanted.startswith(CONTENT[10:1000])
+    assert wanted.endswith(bytes(1000))
+    assert bool(grown.bytes_sendfile) == (size > SMALL)
+
+
+@pytest.mark.parametrize("name", ["buffered", "socket", "pipe"])
+def test_a_file_that_was_copied_to_can_be_read_and_written_on(bench, name):
+    """Its buffer knows where the file stands now, without having been asked in between."""
+
+    def attempt(function: Callable[..., Any], test: Bench) -> list[Any]:
+        path = test.path(bytes(1 * MiB))
+        source = test.keep(kind_named(SOURCES, name).make(test, CONTENT[: 200 * KiB]))
+        sink = test.keep(open(path, "r+b"))
+        sink.read(3)
+        function(source, sink)
+        seen = [sink.read(10), sink.seek(5), sink.read(10), sink.write(AFTER), sink.read(1)]
+        sink.close()
+        return [*seen, path.read_bytes()]
+
+    with bench() as test:
+        wanted = attempt(unpatched_copyfileobj, test)
+    with bench() as test, counting() as grown:
+        assert attempt(shutil.copyfileobj, test) == wanted
+    assert moved(grown) == 200 * KiB
+
+
 # --- transfers that fail ---
 
 

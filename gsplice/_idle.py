@@ -1,0 +1,124 @@
+"""The idle pipes: in which lists they are kept, and how they are given up.
+
+One rule makes the lists safe in finalizers, collections and other threads without a lock: a pipe
+belongs to whoever took it out of a list, and ``list.pop``, ``list.remove`` and ``list.append`` are
+atomic.
+"""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Callable
+from typing import Any, Final
+
+from gevent._hub_local import get_hub_if_exists
+
+from ._pipe import Pipe, alive
+from .config import LOW_WATER, RECLAIM_PERIOD, Settings, settings
+
+#: The list that all hubs share. pipes.py guards its room with a lock.
+shared: Final[list[Pipe]] = []
+
+_homes: Final[list[weakref.ref[Home]]] = []
+
+
+class Home:
+    """One hub's list, and its room: none any more when the thread has ended."""
+
+    __slots__ = ("__weakref__", "idle", "room")
+
+    def __init__(self) -> None:
+        self.idle: list[Pipe] = []
+        self.room = settings.max_idle_hub
+        _homes.append(weakref.ref(self, _homes.remove))
+
+
+def hand_over(idle: list[Pipe], shared: list[Pipe] = shared, settings: Settings = settings) -> None:
+    """Move what is in *idle* to the shared list, as far as that has room, and close the rest.
+
+    Takes no lock, and no name of this module: it runs in finalizers, even at exit.
+    """
+    while True:
+        try:
+            pipe = idle.pop()
+        except IndexError:
+            return
+        if len(shared) < settings.max_idle:
+            shared.append(pipe)
+        else:
+            pipe.close()
+
+
+class Keeper:
+    """Looks after a thread's list for as long as the thread lives."""
+
+    __slots__ = ("__weakref__", "_hub", "_timer", "home")
+
+    def __init__(self) -> None:
+        self.home = Home()
+        self._hub: Callable[[], Any] = lambda: None
+        self._timer: Any = None
+
+    def watch(self) -> None:
+        """Have the hub look for pipes to reclaim, and learn of its end. Called in its thread."""
+        hub = get_hub_if_exists()
+        if hub is None or (self._timer is not None and self._hub() is hub):
+            return
+        idle, me = self.home.idle, weakref.ref(self)
+        self._hub = weakref.ref(hub, lambda _: hand_over(idle))
+        self._timer = hub.loop.timer(RECLAIM_PERIOD, RECLAIM_PERIOD, ref=False)
+        # The loop keeps a running timer alive, so its callback must not keep the list alive.
+        self._timer.start(lambda: _on_timer(me))
+
+    def rest(self) -> None:
+        """Stop looking; there is nothing to reclaim until the next pipe is made or taken over."""
+        self._timer.stop()
+        self._timer.close()
+        self._timer = None
+
+    def __del__(self, _hand_over: Callable[[list[Pipe]], None] = hand_over) -> None:
+        self.home.room = 0
+        _hand_over(self.home.idle)
+
+
+def _on_timer(me: weakref.ref[Keeper]) -> None:
+    reclaim()
+    keeper = me()
+    if keeper is not None and len(alive) <= LOW_WATER:
+        keeper.rest()
+
+
+def _on_gc(phase: str, info: dict[str, int]) -> None:
+    if phase == "stop" and info["generation"] == 2:
+        reclaim()
+
+
+gc.callbacks.append(_on_gc)
+
+
+def reclaim() -> None:
+    """Close the pipes that were idle at the last call and since, but leave LOW_WATER idle.
+
+    Called after every full garbage collection and, while a hub runs, every RECLAIM_PERIOD seconds.
+    It may interrupt any line of this package, on a thread that holds any of its locks.
+    """
+    lists = idle_lists()
+    spare = sum(map(len, lists)) - LOW_WATER
+    for idle in lists:
+        for pipe in tuple(idle):
+            if pipe.seen != pipe.uses:
+                pipe.seen = pipe.uses
+            elif spare > 0:
+                try:
+                    idle.remove(pipe)
+                except ValueError:  # its hub has just taken it
+                    continue
+                spare -= 1
+                pipe.close()
+
+
+def idle_lists() -> list[list[Pipe]]:
+    """Return every list of idle pipes."""
+    homes = [home for ref in tuple(_homes) if (home := ref()) is not None]
+    return [*(home.idle for home in homes), shared]
