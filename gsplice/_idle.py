@@ -2,7 +2,8 @@
 
 One rule makes the lists safe in finalizers, collections and other threads without a lock: a pipe
 belongs to whoever took it out of a list, and ``list.pop``, ``list.remove`` and ``list.append`` are
-atomic.
+atomic. A list is walked as ``[*idle]``, never as ``tuple(idle)``, which allocates after it has
+looked: a collection in between may shorten the list.
 """
 
 from __future__ import annotations
@@ -106,7 +107,7 @@ def reclaim() -> None:
     lists = idle_lists()
     spare = sum(map(len, lists)) - LOW_WATER
     for idle in lists:
-        for pipe in tuple(idle):
+        for pipe in [*idle]:
             if pipe.seen != pipe.uses:
                 pipe.seen = pipe.uses
             elif spare > 0:
@@ -120,5 +121,5 @@ def reclaim() -> None:
 
 def idle_lists() -> list[list[Pipe]]:
     """Return every list of idle pipes."""
-    homes = [home for ref in tuple(_homes) if (home := ref()) is not None]
+    homes = [home for ref in [*_homes] if (home := ref()) is not None]
     return [*(home.idle for home in homes), shared]

@@ -7,7 +7,7 @@ can be set in code before the first transfer::
     settings.max_pipes = 64
 
 ``pipe_size`` (``GSPLICE_PIPE_SIZE``, 1048576)
-    Capacity asked for a new pipe, in bytes.
+    Capacity asked for a new pipe, in bytes; never more than 1 MiB, and less as more are open.
 ``max_pipes`` (``GSPLICE_MAX_PIPES``, 256)
     Most pipes open in the process; with 0, only transfers that need no pipe are taken.
 ``max_idle_hub`` (``GSPLICE_MAX_IDLE_HUB``, 16)

@@ -129,7 +129,7 @@ def _census() -> dict[str, int]:
     with _lock:
         _add_up_closed()
         now_open = len(alive)
-        idle = sum(pipe.read_fd >= 0 for idle in idle_lists() for pipe in tuple(idle))
+        idle = sum(pipe.read_fd >= 0 for idle in idle_lists() for pipe in [*idle])
         uses = _counts["closed_uses"] + sum(pipe.uses for pipe in _open_pipes())
         created, from_shared = _counts["acquired_new"], _counts["acquired_global"]
     return {

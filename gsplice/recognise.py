@@ -156,10 +156,11 @@ def overrides_nothing(obj: Any) -> bool:
 def _role(cls: type) -> str | None:
     try:
         role = _known.get(cls)
-    except TypeError:  # its metaclass makes classes that can't be hashed
+        named = _BY_NAME.get((cls.__module__, cls.__name__)) if role is None else None
+    except TypeError:  # a class, or a name, that can't be hashed
         return None
     if role is None:
-        role = _BY_NAME.get((cls.__module__, cls.__name__))
+        role = named
         if role is not None:
             if getattr(sys.modules.get(cls.__module__), cls.__name__, None) is not cls:
                 return None

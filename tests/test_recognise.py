@@ -152,6 +152,13 @@ def test_a_wrapper_of_the_same_name_is_not_taken_for_the_real_one(bench):
     assert role(source, impostor) == "source_type"
 
 
+def test_a_class_whose_module_cannot_be_hashed_is_not_taken() -> None:
+    odd = type("Odd", (io.BytesIO,), {"__module__": []})
+    copied = io.BytesIO()
+    shutil.copyfileobj(odd(b"odd"), copied)
+    assert copied.getvalue() == b"odd"
+
+
 def test_a_class_that_cannot_be_hashed_is_not_taken(bench):
     class Meta(type):
         def __eq__(cls, other: object) -> bool:
