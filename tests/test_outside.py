@@ -99,7 +99,7 @@ def test_each_way_to_do_worse_with_gsplice_is_found(suite: Path) -> None:
 @pytest.mark.long
 def test_a_test_that_hangs_with_gsplice_is_found_and_the_rest_run(suite: Path) -> None:
     with suite.open("a") as file:
-        file.write("        def test_hangs(self): time.sleep(3600 if gsplice else 0)\n")
+        file.write("    def test_hangs(self): time.sleep(3600 if gsplice else 0)\n")
     found = outside.compare("invented_suite", timeout=10)
     [hung] = [t for t, outcome in found.patched.outcomes.items() if outcome == outside.HUNG]
     assert names([hung]) == {"hangs"} <= names(found.differences)
