@@ -8,7 +8,7 @@ from typing import Any, Final
 
 from ._stats import counters
 from .endpoints import File
-from .recognise import NotOurs, sink, source, stream_socket
+from .recognise import NotOurs, different_files, sink, source, stream_socket
 from .transfer import Transfer, finish, move
 
 _READ_SIZE: Final = 64 * 1024
@@ -38,6 +38,7 @@ def copy(src: Any, dst: Any, count: int | None = None) -> int:
     try:
         one = stream_socket(src) if _is_socket(src) else source(src)
         other = stream_socket(dst) if _is_socket(dst) else sink(dst)
+        different_files(one, other)
     except NotOurs as reason:
         counters.fell_back(reason.args[0])
     else:

@@ -9,6 +9,7 @@ looked: a collection in between may shorten the list.
 from __future__ import annotations
 
 import gc
+import time
 import weakref
 from collections.abc import Callable
 from typing import Any, Final
@@ -23,16 +24,23 @@ shared: Final[list[Pipe]] = []
 
 _homes: Final[list[weakref.ref[Home]]] = []
 
+#: When a timer last had the lists looked at, in seconds of the monotonic clock.
+_last_look: float = 0.0
+
 
 class Home:
-    """One hub's list, and its room: none any more when the thread has ended."""
+    """One thread's list, and its room: little without a hub, none when the thread has ended."""
 
     __slots__ = ("__weakref__", "idle", "room")
 
     def __init__(self) -> None:
         self.idle: list[Pipe] = []
-        self.room = settings.max_idle_hub
+        self.rest()
         _homes.append(weakref.ref(self, _homes.remove))
+
+    def rest(self) -> None:
+        """Keep no more than reclamation would leave: without a hub no timer looks at the list."""
+        self.room = min(LOW_WATER, settings.max_idle_hub)
 
 
 def hand_over(idle: list[Pipe], shared: list[Pipe] = shared, settings: Settings = settings) -> None:
@@ -61,16 +69,28 @@ class Keeper:
         self._hub: Callable[[], Any] = lambda: None
         self._timer: Any = None
 
-    def watch(self) -> None:
-        """Have the hub look for pipes to reclaim, and learn of its end. Called in its thread."""
+    def watch(self) -> bool:
+        """Have the hub look for pipes to reclaim, and learn of its end; False if there is no hub.
+
+        Called in its thread.
+        """
         hub = get_hub_if_exists()
-        if hub is None or (self._timer is not None and self._hub() is hub):
-            return
-        idle, me = self.home.idle, weakref.ref(self)
-        self._hub = weakref.ref(hub, lambda _: hand_over(idle))
+        if hub is None:
+            return False
+        if self._timer is not None and self._hub() is hub:
+            return True
+        home, me = self.home, weakref.ref(self)
+
+        def hub_ended(_: object) -> None:
+            home.rest()
+            hand_over(home.idle)
+
+        self._hub = weakref.ref(hub, hub_ended)
+        home.room = settings.max_idle_hub
         self._timer = hub.loop.timer(RECLAIM_PERIOD, RECLAIM_PERIOD, ref=False)
         # The loop keeps a running timer alive, so its callback must not keep the list alive.
         self._timer.start(lambda: _on_timer(me))
+        return True
 
     def rest(self) -> None:
         """Stop looking; there is nothing to reclaim until the next pipe is made or taken over."""
@@ -84,7 +104,11 @@ class Keeper:
 
 
 def _on_timer(me: weakref.ref[Keeper]) -> None:
-    reclaim()
+    global _last_look
+    now = time.monotonic()
+    if now - _last_look > 0.9 * RECLAIM_PERIOD:  # each hub has a timer; one of them is enough
+        _last_look = now
+        reclaim()
     keeper = me()
     if keeper is not None and len(alive) <= LOW_WATER:
         keeper.rest()

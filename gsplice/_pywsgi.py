@@ -14,6 +14,7 @@ from typing import Any
 
 from ._linux import AF_UNIX
 from ._stats import counters
+from .config import SMALL
 from .endpoints import File, Socket
 from .recognise import NotOurs, regular_file, stream_socket
 from .transfer import Transfer, send_file
@@ -22,7 +23,7 @@ _TCP_CORK = 3  # tcp(7), Linux 2.2
 
 #: Methods that a response goes through on its way to the socket: a handler that overrides one must
 #: see every byte.
-_WAY_OUT = ("write", "_write", "_sendall", "_write_with_headers")
+_WAY_OUT = frozenset({"write", "_write", "_sendall", "_write_with_headers"})
 
 
 class FileWrapper:
@@ -91,8 +92,13 @@ def replacements(handler_class: Any) -> SimpleNamespace:
                 response = _FileResponse(self, handler_class)
             except NotOurs as reason:
                 counters.fell_back(reason.args[0])
+                if self.command == "HEAD" and self.status and not self.headers_sent:
+                    self.write(b"")  # the headers; no body, nor the end of a chunked one
+                    return
                 declared = _declared_length(self)
-                if declared is not None and type(self.result) is FileWrapper:
+                if self.headers_sent:
+                    self.close_connection = True  # how much of the length has gone, nobody knows
+                elif declared is not None and type(self.result) is FileWrapper:
                     self.result.stop_after(declared)
             else:
                 response.send()
@@ -132,7 +138,12 @@ class _FileResponse:
         overridden = any(
             getattr(type(handler), name) is not getattr(handler_class, name) for name in _WAY_OUT
         )
-        if overridden or not handler.status or handler.headers_sent:
+        if (
+            overridden
+            or not _WAY_OUT.isdisjoint(handler.__dict__)
+            or not handler.status
+            or handler.headers_sent
+        ):
             raise NotOurs("response")
         if handler.code < 200 or handler.code in (204, 304):
             raise NotOurs("response")  # none of these may have a body
@@ -150,9 +161,7 @@ class _FileResponse:
         handler = self._handler
         if handler.provided_content_length is None:
             if not self._src.status.st_size:
-                raise NotOurs(
-                    "small"
-                )  # nothing, or a file that does not know its size, as in /proc
+                raise NotOurs("small")  # or one that doesn't know its size, as in /proc
             length = max(0, self._src.status.st_size - self._src.offset)
             handler.provided_content_length = str(length)
             handler.response_headers.append((b"Content-Length", b"%d" % length))
@@ -165,33 +174,40 @@ class _FileResponse:
     def send(self) -> None:
         """Send headers and body so that a small response is one segment.
 
-        On exit the body is sent as far as the file went; if that is short of the declared length,
-        the connection will be closed, since the client can't tell otherwise where the next response
-        starts. Lets out what sending and reading raise, noted in the handler as its own sends are.
+        A small file is read before anything is sent, so that an error of the disk becomes an error
+        response. On exit the body is sent as far as the file went; if that is short of the declared
+        length, the connection will be closed, since the client can't tell otherwise where the next
+        response starts. Lets out what sending and reading raise; errors of the socket are noted in
+        the handler as those of its own sends are.
         """
         handler = self._handler
+        transfer = Transfer(0 if handler.command == "HEAD" else self._length)
+        first = self._src.obj.read(transfer.room(SMALL)) if self._length <= SMALL else b""
         tcp = handler.socket.family != AF_UNIX
         if tcp:
             handler.socket.setsockopt(IPPROTO_TCP, _TCP_CORK, 1)
         try:
-            handler.write(b"")  # the headers
-            if self._length and handler.command != "HEAD":
-                self._send_body()
+            handler.write(first)  # with the headers
+            if first:
+                transfer.moved(len(first), "bytes_copied")
+                self._src.offset += len(first)
+            if transfer.room(1):
+                self._send_rest(transfer)
         finally:
             if tcp and not handler.socket.closed:
                 handler.socket.setsockopt(IPPROTO_TCP, _TCP_CORK, 0)
+        if transfer.room(1):
+            handler.close_connection = True
 
-    def _send_body(self) -> None:
+    def _send_rest(self, transfer: Transfer) -> None:
         handler = self._handler
-        transfer = Transfer(self._length)
+        before = transfer.delivered
         try:
             send_file(transfer, self._src, self._dst)
-        except OSError as err:
+        except (ConnectionError, TimeoutError) as err:
             handler.status = f"socket error: {err}"
             if handler.code > 0:
                 handler.code = -handler.code
             raise
         finally:
-            handler.response_length += transfer.delivered
-        if transfer.delivered < self._length:
-            handler.close_connection = True
+            handler.response_length += transfer.delivered - before

@@ -7,7 +7,7 @@ from typing import Any, Final
 
 from ._stats import counters
 from .endpoints import File
-from .recognise import NotOurs, sink, source
+from .recognise import NotOurs, different_files, sink, source
 from .transfer import Transfer, move
 
 __implements__ = ["copyfileobj"]
@@ -33,6 +33,7 @@ def copyfileobj(fsrc: Any, fdst: Any, length: int = 0) -> None:
         if length and not (type(length) is int and -1 <= length <= _MOST_LENGTH):
             raise NotOurs("arguments")
         src, dst = source(fsrc), sink(fdst)
+        different_files(src, dst)
     except NotOurs as reason:
         counters.fell_back(reason.args[0])
     else:

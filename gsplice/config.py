@@ -18,7 +18,8 @@ can be set in code before the first transfer::
     Whether disk waits go to a thread: ``auto``, ``never`` or ``always``. Checked and kept, but
     this version waits for disks where the original function does.
 ``patch_all`` (``GSPLICE_PATCH_ALL``, false)
-    Whether ``gevent.monkey.patch_all()`` also calls :func:`gsplice.patch_all`.
+    Whether ``gevent.monkey.patch_all()`` also calls :func:`gsplice.patch_all`. Checked and kept,
+    but not acted upon in this version.
 """
 
 from __future__ import annotations

@@ -140,6 +140,7 @@ class Socket(_Stream):
 
     def write_some(self, data: memoryview) -> int:
         """Send part of *data*; say how much. Raises BlockingIOError when there is no room."""
+        self.fileno()  # the socket's file may have been closed since
         return self.sock._sock.send(data)  # type: ignore[no-any-return]
 
     def receive(self, most: int) -> bytes:

@@ -26,6 +26,7 @@ from . import _pywsgi, _shutil, _socket
 from ._linux import LINUX
 
 _PYWSGI: Final = "gevent.pywsgi"
+_LATER: Final = f"will be when {_PYWSGI} is imported"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,12 +60,14 @@ def patch_all(*, socket: bool = True, shutil: bool = True, pywsgi: bool = True) 
     refusal = _refusal()
     not_patched: dict[str, str] = {}
     for name, wanted in (("socket", socket), ("shutil", shutil), ("pywsgi", pywsgi)):
-        if not wanted:
-            reason = None if _patched.get(name) else "not asked for"
+        if name in _patched:
+            reason = None
+        elif not wanted:
+            reason = _LATER if name == "pywsgi" and _watcher.is_waiting() else "not asked for"
         elif refusal is not None:
             reason = refusal
         else:
-            reason = None if name in _patched else _patch(name)
+            reason = _patch(name)
         if reason is not None:
             not_patched.update(dict.fromkeys(_NAMES[name], reason))
     patched = tuple(label for name in _patched for label in _NAMES[name])
@@ -123,7 +126,7 @@ def _patch(name: str) -> str | None:
         target, source = _ClassAsModule(handler_class), _pywsgi.replacements(handler_class)
     else:
         _watcher.start()
-        return f"will be when {_PYWSGI} is imported"
+        return _LATER
     if not gevent.monkey.patch_module(target, source):
         return "a subscriber to gevent's patching events forbade it"
     _patched[name] = target, source.__implements__
@@ -133,12 +136,15 @@ def _patch(name: str) -> str | None:
 class _PywsgiWatcher:
     """Patches gevent.pywsgi as soon as somebody else has imported it."""
 
+    def is_waiting(self) -> bool:
+        return self in sys.meta_path
+
     def start(self) -> None:
-        if self not in sys.meta_path:
+        if not self.is_waiting():
             sys.meta_path.insert(0, self)
 
     def stop(self) -> None:
-        if self in sys.meta_path:
+        if self.is_waiting():
             sys.meta_path.remove(self)
 
     def find_spec(
@@ -162,20 +168,25 @@ class _PywsgiWatcher:
 _watcher: Final = _PywsgiWatcher()
 
 
-@functools.cache
 def _refusal() -> str | None:
-    """Return why nothing can be spliced here, None if something can. Asks the kernel once."""
+    """Return why nothing can be spliced here, None if something can."""
     if not LINUX:
         return "needs splice(2), which only Linux has"
+    try:
+        _try_splice()
+    except OSError as err:
+        return f"splice(2) is refused here: {err.strerror}"
+    return None
+
+
+@functools.cache  # which keeps no error: there may only be no descriptor left at the moment
+def _try_splice() -> None:
     fds: list[int] = []
     try:
         fds += os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         fds += os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         os.write(fds[1], b"?")
         os.splice(fds[0], fds[3], 1)
-    except OSError as err:
-        return f"splice(2) is refused here: {err.strerror}"
     finally:
         for fd in fds:
             os.close(fd)
-    return None

@@ -38,7 +38,8 @@ def acquire() -> Pipe | None:
 
     Looks in the hub's own list, newest first, then in the shared one, then asks the kernel. On
     exit the pipe is the caller's alone until :func:`release`, or until the last reference to it
-    goes, which closes it. Never waits, never raises.
+    goes, which closes it. Never waits, never raises. Set ``pending`` to UNKNOWN before each system
+    call that fills the pipe, and to what is inside after it: with 0 the pipe would be lent again.
     """
     try:
         pipe: Pipe = _here.idle.pop()
@@ -92,9 +93,10 @@ def _acquire_elsewhere() -> Pipe | None:
 
 
 def _release_elsewhere(pipe: Pipe) -> None:
+    """Share *pipe* or close it: a thread without a hub has nobody to give it up when it is old."""
     if pipe.pending == IDLE:
         raise ValueError(f"{pipe!r} was released twice; it belongs to the pool already")
-    if pipe.pending == 0:
+    if pipe.pending == 0 and _keeper().watch():
         with _lock:
             if len(shared) < settings.max_idle:
                 pipe.pending = IDLE

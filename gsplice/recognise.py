@@ -115,6 +115,12 @@ def sink(obj: Any) -> Endpoint:
     return end
 
 
+def different_files(src: Endpoint, dst: Endpoint) -> None:
+    """Pass unless both ends are the same file. Raises NotOurs: both objects buffer it then."""
+    if isinstance(src, File) and isinstance(dst, File) and src.is_same_file(dst):
+        raise NotOurs("same_file")
+
+
 def regular_file(obj: Any) -> File:
     """Return *obj* as a regular file to read from. Raises NotOurs."""
     end = source(obj)

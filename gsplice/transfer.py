@@ -102,8 +102,9 @@ class Transfer:
 def move(transfer: Transfer, src: Endpoint, dst: Endpoint) -> bool:
     """Move from *src* to *dst* the way that suits the two, until *src* ends or the limit.
 
-    On entry neither object is used by anybody else. What *src* has read ahead and *dst* has not
-    written yet goes first. On exit both objects stand where the delivered bytes left them.
+    On entry neither object is used by anybody else, and they are not the same file. What *src* has
+    read ahead and *dst* has not written yet goes first. On exit both objects stand where the
+    delivered bytes left them.
     """
     if isinstance(src, File) and (reason := _better_read(transfer, src, dst)):
         counters.fell_back(reason)
@@ -142,8 +143,6 @@ def _better_read(transfer: Transfer, src: File, dst: Endpoint) -> str | None:
     if isinstance(dst, Pipe):
         # The pages would wait in the pipe by reference, changing with the file, perhaps for ever.
         return "file_to_pipe"
-    if isinstance(dst, File) and src.is_same_file(dst):
-        return "same_file"
     return None
 
 
@@ -164,7 +163,7 @@ def write(transfer: Transfer, dst: Endpoint, data: bytes, src: Endpoint | None =
     view = memoryview(data)
     while view:
         try:
-            written = dst.write_some(view)
+            written = dst.write_some(view[:PIECE])
         except BlockingIOError:
             transfer.wait(dst.wait_write)
             continue
@@ -172,6 +171,7 @@ def write(transfer: Transfer, dst: Endpoint, data: bytes, src: Endpoint | None =
         if isinstance(src, File):
             src.offset += written
         transfer.moved(written, "bytes_copied")
+        transfer.give_way()
 
 
 def send_file(transfer: Transfer, src: File, dst: Socket) -> None:
@@ -229,7 +229,6 @@ def file_through_memory(
         if not data:
             break
         write(transfer, dst, data, src)
-        transfer.give_way()
 
 
 def file_to_file(transfer: Transfer, src: File, dst: File) -> str | None:

@@ -88,7 +88,8 @@ import gsplice
 result = gsplice.patch_all(shutil=False)
 print(bool(result), result.patched)
 for name, reason in result.not_patched.items(): print(name, "--", reason)
-print(bool(gsplice.patch_all(socket=False, shutil=False, pywsgi=False)))
+again = gsplice.patch_all(socket=False, shutil=False, pywsgi=False)
+print(bool(again), again.not_patched == result.not_patched)
 gsplice.unpatch_all()
 print(gsplice.patch_all(socket=False, shutil=False, pywsgi=False))
 """).splitlines() == [
@@ -96,7 +97,7 @@ print(gsplice.patch_all(socket=False, shutil=False, pywsgi=False))
         "shutil.copyfileobj -- not asked for",
         "pywsgi.WSGIHandler.get_environ -- will be when gevent.pywsgi is imported",
         "pywsgi.WSGIHandler.process_result -- will be when gevent.pywsgi is imported",
-        "True",
+        "True True",
         "patched: nothing; not patched: socket.sendfile (not asked for), "
         "socket._sendfile_use_sendfile (not asked for), shutil.copyfileobj (not asked for), "
         "pywsgi.WSGIHandler.get_environ (not asked for), "
@@ -175,6 +176,17 @@ print(bool(result), shutil.copyfileobj is before, sorted(set(result.not_patched.
     assert done.stderr == ""
     said = {"ENOSYS": "Function not implemented", "EPERM": "Operation not permitted"}[fault]
     assert done.stdout == f"False True ['splice(2) is refused here: {said}']\n"
+
+
+def test_what_lacked_a_descriptor_once_is_tried_again() -> None:
+    assert run("""
+import os, resource, gsplice
+limit = resource.getrlimit(resource.RLIMIT_NOFILE)
+resource.setrlimit(resource.RLIMIT_NOFILE, (os.dup(0) + 1, limit[1]))
+print(gsplice.patch_all().not_patched["shutil.copyfileobj"])
+resource.setrlimit(resource.RLIMIT_NOFILE, limit)
+print(bool(gsplice.patch_all()))
+""").splitlines() == ["splice(2) is refused here: Too many open files", "True"]
 
 
 def test_elsewhere_than_on_linux_it_imports_patches_nothing_and_copies_all_the_same() -> None:

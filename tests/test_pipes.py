@@ -44,6 +44,8 @@ def limits(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
             monkeypatch.setattr(settings, name, value)
         monkeypatch.setattr(pipes._keeper().home, "room", settings.max_idle_hub)
 
+    gevent.get_hub()
+    pipes._keeper().watch()
     release(lend())  # the thread has its list now
     empty_the_pool()
     yield limit
@@ -635,10 +637,81 @@ wait_until_reclaimed(10)
     )
 
 
+def test_pipes_released_where_no_hub_could_reclaim_them_are_not_kept() -> None:
+    run_program(
+        PROGRAM
+        + """
+gc.disable()
+lent = [acquire() for _ in range(300)]
+while lent:
+    release(lent.pop())
+assert gevent._hub_local.get_hub_if_exists() is None
+assert balanced().pipes_idle == LOW_WATER
+""",
+        GSPLICE_MAX_PIPES=300,
+    )
+
+
+def test_a_hub_reclaims_pipes_that_were_lent_before_it_was_there() -> None:
+    run_program(
+        PROGRAM
+        + BURST_WITHOUT_GC.split("hub = ")[0]
+        + """
+gc.disable()
+_idle.RECLAIM_PERIOD = 0.05
+lent = [acquire() for _ in range(300)]
+assert gevent._hub_local.get_hub_if_exists() is None
+gevent.sleep(0)
+while lent:
+    release(lent.pop())
+assert balanced().pipes_idle > LOW_WATER
+wait_until_reclaimed(30)
+""",
+        GSPLICE_MAX_PIPES=300,
+    )
+
+
+def test_many_hubs_look_no_more_often_than_one() -> None:
+    """A pipe lives as long as the README says, however many hubs there are."""
+    run_program(
+        PROGRAM
+        + """
+import time
+gc.disable()
+_idle.RECLAIM_PERIOD = 0.2
+looks = []
+look = _idle.reclaim
+_idle.reclaim = lambda: (looks.append(time.monotonic()), look())
+done = threading.Event()
+def other():
+    release(acquire())
+    lent = [acquire() for _ in range(2)]  # more than LOW_WATER in all: no timer rests
+    while not done.is_set():
+        gevent.sleep(0.01)
+    while lent:
+        release(lent.pop())
+    gevent.get_hub().destroy()
+threads = [threading.Thread(target=other) for _ in range(8)]
+for thread in threads:
+    thread.start()
+    time.sleep(0.025)
+hub = gevent.get_hub()
+release(acquire())
+while len(looks) < 6:
+    gevent.sleep(0.01)
+done.set()
+for thread in threads:
+    thread.join()
+assert all(later - earlier > 0.17 for earlier, later in zip(looks, looks[1:])), looks
+"""
+    )
+
+
 def test_a_pipe_in_steady_use_is_kept() -> None:
     run_program(
         PROGRAM
         + """
+hub = gevent.get_hub()
 lent = [acquire() for _ in range(LOW_WATER + 4)]
 while lent:
     release(lent.pop())
@@ -931,6 +1004,7 @@ going, passed, errors = True, 0, []
 def work(seed):
     chance = random.Random(seed)
     mine, asked = [], 0
+    hub = gevent.get_hub()
     try:
         for _ in range(4000):
             what = chance.random()
@@ -965,6 +1039,7 @@ def work(seed):
                 lent.discard(pipe)
             release(pipe)
         counts.append(asked)
+        hub.destroy(destroy_loop=True)
     except BaseException as err:
         errors.append(repr(err))
         raise

@@ -448,3 +448,70 @@ def test_a_file_behind_a_unix_socket(tmp_path: Path) -> None:
             assert split(receive_all(sock))[2] == path.read_bytes()
         server.stop()
     assert grown.bytes_sendfile == BIG
+
+
+@pytest.mark.parametrize("kind", ["empty", "proc", "memory"])
+def test_head_has_no_body_whatever_is_wrapped(serve: Any, tmp_path: Path, kind: str) -> None:
+    def app(environ: dict[str, Any], start_response: Callable[..., Any]) -> Any:
+        start_response("200 OK", [])
+        if kind == "memory":
+            return environ["wsgi.file_wrapper"](io.BytesIO(b"body"))
+        path = file_of(tmp_path / "f", 0) if kind == "empty" else Path("/proc/self/status")
+        return environ["wsgi.file_wrapper"](path.open("rb"))
+
+    answer = serve(app).ask(request("HEAD", close=False), request("HEAD"))
+    assert answer.count(b"HTTP/1.1 200 OK") == 2
+    assert [part[:4] for part in answer.split(b"\r\n\r\n")] == [b"HTTP", b"HTTP", b""]
+
+
+def test_after_bytes_written_before_the_connection_is_closed(serve: Any, tmp_path: Path) -> None:
+    """Else the client would take what is too much for the next response."""
+    path = file_of(tmp_path / "f", BIG)
+
+    def app(environ: dict[str, Any], start_response: Callable[..., Any]) -> Any:
+        start_response("200 OK", [("Content-Length", str(BIG))])(b"abc")
+        return environ["wsgi.file_wrapper"](path.open("rb"))
+
+    answer = serve(app).ask(request(close=False), request())
+    assert answer.count(b"HTTP/1.1 200 OK") == 1
+    assert split(answer)[2][:BIG] == (b"abc" + path.read_bytes())[:BIG]
+
+
+@pytest.mark.parametrize("length", [100, 1_000_000])
+def test_an_error_of_the_file_is_not_taken_for_one_of_the_socket(
+    serve: Any, length: int, capsys: Any
+) -> None:
+    noted = []
+
+    class Handler(pywsgi.WSGIHandler):
+        def log_request(self) -> None:
+            noted.append((self.status, self.close_connection))
+            super().log_request()
+
+    # Reading address 0 of a process gives EIO.
+    app = file_app(Path("/proc/self/mem"), ("Content-Length", str(length)), buffering=0)
+    server = serve(app, Handler)
+    small = length == 100
+    status, _, body = split(server.ask(request()))
+    assert status == ("HTTP/1.1 500 Internal Server Error" if small else "HTTP/1.1 200 OK")
+    assert body == (b"Internal Server Error" if small else b"")
+    [(logged, closing)] = noted
+    assert b"socket error" not in (logged.encode() if isinstance(logged, str) else logged)
+    assert closing
+    assert "Input/output error" in capsys.readouterr().err
+
+
+def test_a_handler_whose_instance_overrides_the_way_out_sees_every_byte(
+    serve: Any, tmp_path: Path
+) -> None:
+    seen = []
+
+    class Handler(pywsgi.WSGIHandler):
+        def __init__(self, *args: Any) -> None:
+            super().__init__(*args)
+            sendall = self._sendall
+            self._sendall = lambda data: (seen.append(bytes(data)), sendall(data))
+
+    path = file_of(tmp_path / "f", BIG)
+    answer = serve(file_app(path), Handler).ask(request())
+    assert b"".join(seen) == answer

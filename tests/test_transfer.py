@@ -532,6 +532,38 @@ def test_the_end_of_the_source_is_not_passed_on_before_its_bytes(
     copying.get(timeout=GUARD)
 
 
+# ---- a file copied within itself
+
+
+@pytest.mark.parametrize("count", [1, 50_000, 200_000, None])
+@pytest.mark.parametrize("two_objects", [True, False])
+def test_copy_within_one_file_does_what_reading_and_writing_does(
+    tmp_path: Path, count: int | None, two_objects: bool
+) -> None:
+    def by_reading_and_writing(src: Any, dst: Any, count: int | None) -> int:
+        left = 1 << 30 if count is None else count
+        done = 0
+        while data := src.read(min(64 * KiB, left - done)):
+            done += dst.write(data)
+        return done
+
+    after = []
+    for number, mover in enumerate((by_reading_and_writing, gsplice.copy)):
+        path = file_of(tmp_path / str(number), 400_000)
+        with path.open("r+b") as one, path.open("r+b") as other:
+            one.seek(100_000)
+            sink = other if two_objects else one
+            if count is None and not two_objects:
+                one.seek(300_000)  # it writes behind what it has read, to the end
+            with counting() as grown:
+                copied = mover(one, sink, count)
+            after.append((copied, one.tell(), sink.tell()))
+            sink.flush()
+            after.append(digest(path.read_bytes()))
+    assert after[:2] == after[2:]
+    assert grown.fallbacks == {"same_file": 1}
+
+
 # ---- a destination that changes its mind
 
 
