@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import os
+import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -324,6 +325,27 @@ assert pipe is not None
 pipe.close()
 """
     )
+
+
+@pytest.mark.parametrize("fault", ["ENFILE", "ENOMEM"])
+def test_a_system_without_descriptors_or_memory_is_no_error(fault: str) -> None:
+    program = (
+        PROGRAM
+        + """
+ends = sockets()
+assert acquire() is None
+figures = balanced()
+assert (figures.pipes_created, figures.acquired_new, figures.pipes_closed) == (0, 0, 0)
+transfer(ends)
+assert gsplice.stats().fallbacks['no_pipe'] == 1
+close(ends)
+"""
+    )
+    strace = ["strace", "-f", "-qq", "-o", "/dev/null", "-e", f"inject=pipe2:error={fault}"]
+    done = subprocess.run(
+        [*strace, sys.executable, "-c", program], capture_output=True, text=True, timeout=100
+    )
+    assert (done.stderr, done.returncode) == ("", 0)
 
 
 def test_a_user_without_pipe_room_gets_small_pipes_and_then_none() -> None:
