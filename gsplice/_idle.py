@@ -15,9 +15,13 @@ from collections.abc import Callable
 from typing import Any, Final
 
 from gevent._hub_local import get_hub_if_exists
+from gevent.hub import MAIN_THREAD_IDENT, get_hub
+from gevent.monkey import get_original
 
 from ._pipe import Pipe, alive
 from .config import LOW_WATER, RECLAIM_PERIOD, Settings, settings
+
+get_ident: Callable[[], int] = get_original("_thread", "get_ident")
 
 #: The list that all hubs share. pipes.py guards its room with a lock.
 shared: Final[list[Pipe]] = []
@@ -31,7 +35,10 @@ _last_look: float = 0.0
 class Home:
     """One thread's list, and its room: little without a hub, none when the thread has ended."""
 
-    __slots__ = ("__weakref__", "idle", "room")
+    __slots__ = ("__weakref__", "idle", "room", "watched")
+
+    #: Whether a hub looks at the list from time to time.
+    watched: bool
 
     def __init__(self) -> None:
         self.idle: list[Pipe] = []
@@ -41,6 +48,7 @@ class Home:
     def rest(self) -> None:
         """Keep no more than reclamation would leave: without a hub no timer looks at the list."""
         self.room = min(LOW_WATER, settings.max_idle_hub)
+        self.watched = False
 
 
 def hand_over(idle: list[Pipe], shared: list[Pipe] = shared, settings: Settings = settings) -> None:
@@ -72,11 +80,14 @@ class Keeper:
     def watch(self) -> bool:
         """Have the hub look for pipes to reclaim, and learn of its end; False if there is no hub.
 
-        Called in its thread.
+        Called in its thread. The main thread gets a hub if it has none; another thread, which would
+        have to destroy it, does not.
         """
         hub = get_hub_if_exists()
         if hub is None:
-            return False
+            if get_ident() != MAIN_THREAD_IDENT:
+                return False
+            hub = get_hub()
         if self._timer is not None and self._hub() is hub:
             return True
         home, me = self.home, weakref.ref(self)
@@ -87,6 +98,7 @@ class Keeper:
 
         self._hub = weakref.ref(hub, hub_ended)
         home.room = settings.max_idle_hub
+        home.watched = True
         self._timer = hub.loop.timer(RECLAIM_PERIOD, RECLAIM_PERIOD, ref=False)
         # The loop keeps a running timer alive, so its callback must not keep the list alive.
         self._timer.start(lambda: _on_timer(me))
@@ -100,6 +112,7 @@ class Keeper:
 
     def __del__(self, _hand_over: Callable[[list[Pipe]], None] = hand_over) -> None:
         self.home.room = 0
+        self.home.watched = False
         _hand_over(self.home.idle)
 
 

@@ -38,8 +38,9 @@ def acquire() -> Pipe | None:
 
     Looks in the hub's own list, newest first, then in the shared one, then asks the kernel. On
     exit the pipe is the caller's alone until :func:`release`, or until the last reference to it
-    goes, which closes it. Never waits, never raises. Set ``pending`` to UNKNOWN before each system
-    call that fills the pipe, and to what is inside after it: with 0 the pipe would be lent again.
+    goes, which closes it. Set ``pending`` to UNKNOWN before each system call that fills the pipe,
+    and to what is inside after it: with 0 the pipe would be lent again. Never waits, never raises;
+    the main thread gets a hub if it has none.
     """
     try:
         pipe: Pipe = _here.idle.pop()
@@ -93,10 +94,10 @@ def _acquire_elsewhere() -> Pipe | None:
 
 
 def _release_elsewhere(pipe: Pipe) -> None:
-    """Share *pipe* or close it: a thread without a hub has nobody to give it up when it is old."""
+    """Share *pipe* or close it: where no hub looks, nobody would give it up when it is old."""
     if pipe.pending == IDLE:
         raise ValueError(f"{pipe!r} was released twice; it belongs to the pool already")
-    if pipe.pending == 0 and _keeper().watch():
+    if pipe.pending == 0 and (pipe.home.watched or _keeper().watch()):
         with _lock:
             if len(shared) < settings.max_idle:
                 pipe.pending = IDLE
