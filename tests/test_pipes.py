@@ -10,6 +10,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from fcntl import F_GETFD, F_GETFL, F_GETPIPE_SZ, FD_CLOEXEC, fcntl
+from pathlib import Path
 from typing import Any
 
 import gevent
@@ -328,7 +329,7 @@ pipe.close()
 
 
 @pytest.mark.parametrize("fault", ["ENFILE", "ENOMEM"])
-def test_a_system_without_descriptors_or_memory_is_no_error(fault: str) -> None:
+def test_a_system_without_descriptors_or_memory_is_no_error(fault: str, tmp_path: Path) -> None:
     program = (
         PROGRAM
         + """
@@ -341,10 +342,16 @@ assert gsplice.stats().fallbacks['no_pipe'] == 1
 close(ends)
 """
     )
-    strace = ["strace", "-f", "-qq", "-o", "/dev/null", "-e", f"inject=pipe2:error={fault}"]
-    done = subprocess.run(
-        [*strace, sys.executable, "-c", program], capture_output=True, text=True, timeout=100
-    )
+
+    def trace(what: str, program: str) -> subprocess.CompletedProcess[str]:
+        command = ["strace", "-f", "-qq", "-o", tmp_path / "log", "-e", what]
+        return subprocess.run(
+            [*command, sys.executable, "-c", program], capture_output=True, text=True, timeout=100
+        )
+
+    trace("trace=pipe2", "import gevent; gevent.sleep(0)")
+    loops_own = (tmp_path / "log").read_text().count("pipe2(")
+    done = trace(f"inject=pipe2:error={fault}:when={loops_own + 1}+", program)
     assert (done.stderr, done.returncode) == ("", 0)
 
 
@@ -1077,6 +1084,7 @@ def watch():
 watcher = threading.Thread(target=watch)
 watcher.start()
 sys.setswitchinterval(1e-5)
+gevent.sleep(0)  # libuv's first loop opens descriptors that stay
 before = descriptors()
 threads = [threading.Thread(target=work, args=(seed,)) for seed in range(1, 5)]
 for thread in threads: thread.start()
