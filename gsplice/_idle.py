@@ -18,7 +18,7 @@ from gevent._hub_local import get_hub_if_exists
 from gevent.hub import MAIN_THREAD_IDENT, get_hub
 from gevent.monkey import get_original
 
-from ._pipe import Pipe, alive
+from ._pipe import Pipe
 from .config import LOW_WATER, RECLAIM_PERIOD, Settings, settings
 
 get_ident: Callable[[], int] = get_original("_thread", "get_ident")
@@ -87,10 +87,13 @@ class Keeper:
         if hub is None:
             if get_ident() != MAIN_THREAD_IDENT:
                 return False
-            hub = get_hub()
+            try:
+                hub = get_hub()
+            except (OSError, SystemError):  # no descriptors for its loop
+                return False
         if self._timer is not None and self._hub() is hub:
             return True
-        home, me = self.home, weakref.ref(self)
+        home = self.home
 
         def hub_ended(_: object) -> None:
             home.rest()
@@ -100,15 +103,8 @@ class Keeper:
         home.room = settings.max_idle_hub
         home.watched = True
         self._timer = hub.loop.timer(RECLAIM_PERIOD, RECLAIM_PERIOD, ref=False)
-        # The loop keeps a running timer alive, so its callback must not keep the list alive.
-        self._timer.start(lambda: _on_timer(me))
+        self._timer.start(_on_timer)
         return True
-
-    def rest(self) -> None:
-        """Stop looking; there is nothing to reclaim until the next pipe is made or taken over."""
-        self._timer.stop()
-        self._timer.close()
-        self._timer = None
 
     def __del__(self, _hand_over: Callable[[list[Pipe]], None] = hand_over) -> None:
         self.home.room = 0
@@ -116,15 +112,12 @@ class Keeper:
         _hand_over(self.home.idle)
 
 
-def _on_timer(me: weakref.ref[Keeper]) -> None:
+def _on_timer() -> None:
     global _last_look
     now = time.monotonic()
     if now - _last_look > 0.9 * RECLAIM_PERIOD:  # each hub has a timer; one of them is enough
         _last_look = now
         reclaim()
-    keeper = me()
-    if keeper is not None and len(alive) <= LOW_WATER:
-        keeper.rest()
 
 
 def _on_gc(phase: str, info: dict[str, int]) -> None:

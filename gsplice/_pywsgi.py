@@ -46,7 +46,7 @@ class FileWrapper:
         if self._left is None:
             data: bytes = self.filelike.read(self.blksize)
         else:
-            data = self.filelike.read(min(self.blksize, self._left))
+            data = self.filelike.read(min(self.blksize, self._left))[: self._left]
             self._left -= len(data)
         if not data:
             raise StopIteration
@@ -92,13 +92,14 @@ def replacements(handler_class: Any) -> SimpleNamespace:
                 response = _FileResponse(self, handler_class)
             except NotOurs as reason:
                 counters.fell_back(reason.args[0])
-                if self.command == "HEAD" and self.status and not self.headers_sent:
-                    self.write(b"")  # the headers; no body, nor the end of a chunked one
-                    return
-                declared = _declared_length(self)
                 if self.headers_sent:
                     self.close_connection = True  # how much of the length has gone, nobody knows
-                elif declared is not None and type(self.result) is FileWrapper:
+                if self.command == "HEAD" and self.status:
+                    if not self.headers_sent:
+                        self.write(b"")
+                    return  # no body, nor the end of a chunked one
+                declared = None if self.headers_sent else _declared_length(self)
+                if declared is not None and type(self.result) is FileWrapper:
                     self.result.stop_after(declared)
             else:
                 response.send()
@@ -126,13 +127,15 @@ def _is_file_wrapper(result: object) -> bool:
 def _declared_length(handler: Any) -> int | None:
     """Return the Content-Length that the application gave, if it gave one that makes sense."""
     declared = handler.provided_content_length
-    return int(declared) if declared and declared.isascii() and declared.isdigit() else None
+    if declared and len(declared) < 20 and declared.isascii() and declared.isdigit():
+        return int(declared)
+    return None
 
 
 class _FileResponse:
     """A response whose body is a plain file. Making one raises NotOurs if it is anything else."""
 
-    __slots__ = ("_dst", "_handler", "_length", "_src")
+    __slots__ = ("_dst", "_first", "_handler", "_length", "_src")
 
     def __init__(self, handler: Any, handler_class: Any) -> None:
         overridden = any(
@@ -162,27 +165,42 @@ class _FileResponse:
         if handler.provided_content_length is None:
             if not self._src.status.st_size:
                 raise NotOurs("small")  # or one that doesn't know its size, as in /proc
+            # In sysfs the size is that of a page: what a small file really has is what counts.
             length = max(0, self._src.status.st_size - self._src.offset)
+            length = self._read_small(length)
             handler.provided_content_length = str(length)
             handler.response_headers.append((b"Content-Length", b"%d" % length))
             return length
         declared = _declared_length(handler)
         if declared is None:
             raise NotOurs("response")
+        self._read_small(declared)
         return declared
+
+    def _read_small(self, length: int) -> int:
+        """Read all if *length* is small, so that a disk error becomes pywsgi's error response.
+
+        Return the length there really is, as far as that is known now.
+        """
+        self._first = b""
+        if length > SMALL:
+            return length
+        while data := self._src.obj.read(length - len(self._first)):
+            self._first += data
+        return len(self._first)
 
     def send(self) -> None:
         """Send headers and body so that a small response is one segment.
 
-        A small file is read before anything is sent, so that an error of the disk becomes an error
-        response. On exit the body is sent as far as the file went; if that is short of the declared
+        On exit the body is sent as far as the file went; if that is short of the declared
         length, the connection will be closed, since the client can't tell otherwise where the next
         response starts. Lets out what sending and reading raise; errors of the socket are noted in
         the handler as those of its own sends are.
         """
         handler = self._handler
-        transfer = Transfer(0 if handler.command == "HEAD" else self._length)
-        first = self._src.obj.read(transfer.room(SMALL)) if self._length <= SMALL else b""
+        head = handler.command == "HEAD"
+        transfer = Transfer(0 if head else self._length)
+        first = b"" if head else self._first
         tcp = handler.socket.family != AF_UNIX
         if tcp:
             handler.socket.setsockopt(IPPROTO_TCP, _TCP_CORK, 1)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import importlib.util
 import os
 import shutil as stdlib_shutil
 import sys
@@ -152,14 +151,17 @@ class _PywsgiWatcher:
     ) -> ModuleSpec | None:
         if fullname != _PYWSGI:
             return None
-        self.stop()
-        spec = importlib.util.find_spec(fullname)
+        others = (finder for finder in sys.meta_path if finder is not self)
+        found = (finder.find_spec(fullname, path, target) for finder in others)
+        spec = next(filter(None, found), None)
         if spec is not None and spec.loader is not None:
             execute = spec.loader.exec_module
 
             def execute_and_patch(module: ModuleType) -> None:
                 execute(module)
-                _patch("pywsgi")
+                if self.is_waiting():
+                    self.stop()
+                    _patch("pywsgi")
 
             spec.loader.exec_module = execute_and_patch  # type: ignore[method-assign]
         return spec

@@ -70,7 +70,6 @@ def release(pipe: Pipe) -> None:
 
 def _acquire_elsewhere() -> Pipe | None:
     keeper = _keeper()
-    keeper.watch()
     with _lock:
         while shared:
             with contextlib.suppress(IndexError):  # reclamation has just taken it
@@ -80,6 +79,7 @@ def _acquire_elsewhere() -> Pipe | None:
                     pipe.uses += 1
                     pipe.pending = 0
                     pipe.home = keeper.home
+                    keeper.watch()
                     return pipe
         key = reserve(settings.max_pipes)
         if key is None:
@@ -90,6 +90,8 @@ def _acquire_elsewhere() -> Pipe | None:
     if new is None:
         with _lock:
             _counts["acquired_new"] -= 1
+    else:
+        keeper.watch()  # not before: without a descriptor left, no hub can be made either
     return new
 
 

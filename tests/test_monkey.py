@@ -116,6 +116,24 @@ assert len(gsplice.patch_all().patched) == 5
 """)
 
 
+def test_pywsgi_is_patched_however_often_it_was_looked_for() -> None:
+    run("""
+import importlib.util, sys, gsplice
+gsplice.patch_all()
+importlib.util.find_spec("gevent.pywsgi")
+sys.modules["gevent.server"] = None
+try:
+    import gevent.pywsgi
+except ImportError:
+    del sys.modules["gevent.server"]
+else:
+    raise AssertionError("imported without gevent.server")
+import gevent.pywsgi
+assert gevent.monkey.is_object_patched("gevent.pywsgi.WSGIHandler", "process_result")
+assert not gsplice.monkey._watcher.is_waiting()
+""")
+
+
 def test_pywsgi_imported_after_unpatching_stays_as_it_is() -> None:
     run("""
 import sys, gsplice

@@ -703,6 +703,38 @@ wait_until_reclaimed(30)
     )
 
 
+def test_a_hub_that_has_used_the_pool_reclaims_what_others_leave_later() -> None:
+    run_program(
+        PROGRAM
+        + BURST_WITHOUT_GC
+        + """
+_idle.RECLAIM_PERIOD = 0.05
+release(acquire())
+gevent.sleep(0.2)
+def other():
+    gevent.get_hub()
+    burst()
+    gevent.get_hub().destroy()
+thread = threading.Thread(target=other)
+thread.start()
+thread.join()
+assert balanced().pipes_idle > LOW_WATER
+wait_until_reclaimed(30)
+""",
+        GSPLICE_MAX_PIPES=301,
+    )
+
+
+def test_without_descriptors_and_without_a_hub_there_is_no_pipe() -> None:
+    run_program(
+        PROGRAM
+        + """
+resource.setrlimit(resource.RLIMIT_NOFILE, (descriptors(), descriptors()))
+assert acquire() is None
+"""
+    )
+
+
 def test_many_hubs_look_no_more_often_than_one() -> None:
     """A pipe lives as long as the README says, however many hubs there are."""
     run_program(

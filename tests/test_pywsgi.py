@@ -515,3 +515,33 @@ def test_a_handler_whose_instance_overrides_the_way_out_sees_every_byte(
     path = file_of(tmp_path / "f", BIG)
     answer = serve(file_app(path), Handler).ask(request())
     assert b"".join(seen) == answer
+
+
+def test_a_small_file_that_is_shorter_than_it_says_has_its_real_length(serve: Any) -> None:
+    path = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    assert path.stat().st_size > len(path.read_bytes())
+    _, headers, body = split(serve(file_app(path)).ask(request()))
+    assert (int(headers["Content-Length"]), body) == (len(body), path.read_bytes())
+
+
+def test_a_read_that_gives_too_much_is_cut_too(serve: Any) -> None:
+    class Generous(io.BytesIO):
+        def read(self, size: int | None = -1) -> bytes:
+            return super().read(12)
+
+    def app(environ: dict[str, Any], start_response: Callable[..., Any]) -> Any:
+        start_response("200 OK", [("Content-Length", "15")])
+        return environ["wsgi.file_wrapper"](Generous(b"x" * 36))
+
+    answer = serve(app).ask(request(close=False), request())
+    assert (answer.count(b"HTTP/1.1 200 OK"), answer.count(b"x")) == (2, 30)
+
+
+def test_head_after_a_write_of_nothing_has_no_body(serve: Any, tmp_path: Path) -> None:
+    path = file_of(tmp_path / "f", 10)
+
+    def app(environ: dict[str, Any], start_response: Callable[..., Any]) -> Any:
+        start_response("200 OK", [("Content-Length", "10")])(b"")
+        return environ["wsgi.file_wrapper"](path.open("rb"))
+
+    assert split(serve(app).ask(request("HEAD")))[2] == b""
