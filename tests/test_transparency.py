@@ -370,7 +370,7 @@ def copy_of(
     if length in (1, True):
         size = min(size, 2000)
     case = Copy(source, sink, size, min(ahead, size), before, length)
-    if case.reason not in (None, "small") and sink.short_writes:
+    if case.reason is not None and sink.short_writes:  # how short depends on who reads meanwhile
         case = dataclasses.replace(case, size=min(size, FITS // 2))
         case = dataclasses.replace(case, ahead=min(case.ahead, case.size))
     return case
