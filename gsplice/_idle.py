@@ -70,7 +70,7 @@ def hand_over(idle: list[Pipe], shared: list[Pipe] = shared, settings: Settings 
 class Keeper:
     """Looks after a thread's list for as long as the thread lives."""
 
-    __slots__ = ("__weakref__", "_hub", "_timer", "home")
+    __slots__ = ("_hub", "_timer", "home")
 
     def __init__(self) -> None:
         self.home = Home()

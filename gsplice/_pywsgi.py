@@ -92,15 +92,15 @@ def replacements(handler_class: Any) -> SimpleNamespace:
                 response = _FileResponse(self, handler_class)
             except NotOurs as reason:
                 counters.fell_back(reason.args[0])
+                declared = _declared_length(self)
                 if self.headers_sent:
                     self.close_connection = True  # how much of the length has gone, nobody knows
+                elif declared is not None and type(self.result) is FileWrapper:
+                    self.result.stop_after(declared)
                 if self.command == "HEAD" and self.status:
                     if not self.headers_sent:
                         self.write(b"")
                     return  # no body, nor the end of a chunked one
-                declared = None if self.headers_sent else _declared_length(self)
-                if declared is not None and type(self.result) is FileWrapper:
-                    self.result.stop_after(declared)
             else:
                 response.send()
                 return

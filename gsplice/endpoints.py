@@ -139,7 +139,10 @@ class Socket(_Stream):
         return self.sock.fileno()  # type: ignore[no-any-return]
 
     def write_some(self, data: memoryview) -> int:
-        """Send part of *data*; say how much. Raises BlockingIOError when there is no room."""
+        """Send part of *data*; say how much. Raises BlockingIOError when there is no room.
+
+        Raises ValueError, as :meth:`fileno` does, when the socket's file was closed.
+        """
         self.fileno()  # the socket's file may have been closed since
         return self.sock._sock.send(data)  # type: ignore[no-any-return]
 

@@ -13,7 +13,7 @@ from typing import Any, Final
 
 from gevent.monkey import get_original
 
-from ._idle import Keeper, idle_lists, reclaim, shared
+from ._idle import Home, Keeper, idle_lists, reclaim, shared
 from ._linux import in_forked_child
 from ._pipe import IDLE, UNKNOWN, Pipe, alive, closed_uses, make, reserve
 from ._stats import counters
@@ -70,6 +70,14 @@ def release(pipe: Pipe) -> None:
 
 def _acquire_elsewhere() -> Pipe | None:
     keeper = _keeper()
+    pipe = _acquire_shared() or _acquire_new(keeper.home)
+    if pipe is not None:
+        pipe.home = keeper.home
+        keeper.watch()  # not before: without a descriptor left, no hub can be made either
+    return pipe
+
+
+def _acquire_shared() -> Pipe | None:
     with _lock:
         while shared:
             with contextlib.suppress(IndexError):  # reclamation has just taken it
@@ -78,21 +86,22 @@ def _acquire_elsewhere() -> Pipe | None:
                     _counts["acquired_global"] += 1
                     pipe.uses += 1
                     pipe.pending = 0
-                    pipe.home = keeper.home
-                    keeper.watch()
                     return pipe
+    return None
+
+
+def _acquire_new(home: Home) -> Pipe | None:
+    with _lock:
         key = reserve(settings.max_pipes)
         if key is None:
             return None
         _counts["acquired_new"] += 1
         _add_up_closed()
-    new = make(key, keeper.home)
-    if new is None:
+    pipe = make(key, home)
+    if pipe is None:
         with _lock:
             _counts["acquired_new"] -= 1
-    else:
-        keeper.watch()  # not before: without a descriptor left, no hub can be made either
-    return new
+    return pipe
 
 
 def _release_elsewhere(pipe: Pipe) -> None:

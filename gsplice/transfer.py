@@ -237,9 +237,9 @@ def file_to_file(transfer: Transfer, src: File, dst: File) -> str | None:
     Any error of these ends the way, not the transfer: nothing is under way between the calls, so
     the next way meets the same error and, if there is none left, the original function raises it.
     """
-    ways = [("bytes_copy_file_range", _copy_file_range), ("bytes_sendfile", _sendfile_to_file)]
-    if not hasattr(os, "copy_file_range"):  # Python was built with glibc < 2.27
-        del ways[0]
+    ways = [("bytes_sendfile", _sendfile_to_file)]
+    if hasattr(os, "copy_file_range"):  # not where Python was built with glibc < 2.27
+        ways.insert(0, ("bytes_copy_file_range", _copy_file_range))
     while (asked := transfer.room(min(PIECE, src.size() - src.offset))) > 0:
         counter, call = ways[0]
         try:

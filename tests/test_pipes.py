@@ -585,14 +585,17 @@ assert descriptors() == before + 2 * LOW_WATER
     )
 
 
-BURST_WITHOUT_GC = """
+WITHOUT_GC = """
 gc.disable()
 def wait_until_reclaimed(seconds):
     with gevent.Timeout(seconds):
         while balanced().pipes_idle > LOW_WATER:
             gevent.sleep(0.02)
     assert balanced().pipes_idle == LOW_WATER
-
+"""
+BURST_WITHOUT_GC = (
+    WITHOUT_GC
+    + """
 hub = gevent.get_hub()
 def burst():
     lent = [acquire() for _ in range(300)]
@@ -600,6 +603,7 @@ def burst():
     while lent:
         release(lent.pop())
 """
+)
 
 
 def test_a_burst_is_reclaimed_by_the_hub() -> None:
@@ -609,7 +613,7 @@ def test_a_burst_is_reclaimed_by_the_hub() -> None:
         + """
 _idle.RECLAIM_PERIOD = 0.05
 before = descriptors()
-for _ in range(2):  # the second time after the timer had its rest
+for _ in range(2):
     burst()
     wait_until_reclaimed(30)
     assert descriptors() == before + 2 * LOW_WATER
@@ -688,9 +692,8 @@ assert balanced().pipes_idle == LOW_WATER
 def test_pipes_lent_before_the_main_thread_has_a_hub_are_reclaimed() -> None:
     run_program(
         PROGRAM
-        + BURST_WITHOUT_GC.split("hub = ")[0]
+        + WITHOUT_GC
         + """
-gc.disable()
 _idle.RECLAIM_PERIOD = 0.05
 assert gevent._hub_local.get_hub_if_exists() is None
 lent = [acquire() for _ in range(300)]
@@ -749,7 +752,7 @@ _idle.reclaim = lambda: (looks.append(time.monotonic()), look())
 done = threading.Event()
 def other():
     release(acquire())
-    lent = [acquire() for _ in range(2)]  # more than LOW_WATER in all: no timer rests
+    lent = [acquire() for _ in range(2)]
     while not done.is_set():
         gevent.sleep(0.01)
     while lent:

@@ -459,7 +459,9 @@ def test_head_has_no_body_whatever_is_wrapped(serve: Any, tmp_path: Path, kind: 
         path = file_of(tmp_path / "f", 0) if kind == "empty" else Path("/proc/self/status")
         return environ["wsgi.file_wrapper"](path.open("rb"))
 
-    answer = serve(app).ask(request("HEAD", close=False), request("HEAD"))
+    with counting() as grown:
+        answer = serve(app).ask(request("HEAD", close=False), request("HEAD"))
+    assert grown.transfers == 0
     assert answer.count(b"HTTP/1.1 200 OK") == 2
     assert [part[:4] for part in answer.split(b"\r\n\r\n")] == [b"HTTP", b"HTTP", b""]
 
@@ -472,7 +474,9 @@ def test_after_bytes_written_before_the_connection_is_closed(serve: Any, tmp_pat
         start_response("200 OK", [("Content-Length", str(BIG))])(b"abc")
         return environ["wsgi.file_wrapper"](path.open("rb"))
 
-    answer = serve(app).ask(request(close=False), request())
+    with counting() as grown:
+        answer = serve(app).ask(request(close=False), request())
+    assert (grown.transfers, grown.fallbacks) == (0, {"response": 1})
     assert answer.count(b"HTTP/1.1 200 OK") == 1
     assert split(answer)[2][:BIG] == (b"abc" + path.read_bytes())[:BIG]
 
@@ -513,15 +517,19 @@ def test_a_handler_whose_instance_overrides_the_way_out_sees_every_byte(
             self._sendall = lambda data: (seen.append(bytes(data)), sendall(data))
 
     path = file_of(tmp_path / "f", BIG)
-    answer = serve(file_app(path), Handler).ask(request())
+    with counting() as grown:
+        answer = serve(file_app(path), Handler).ask(request())
     assert b"".join(seen) == answer
+    assert (grown.transfers, grown.fallbacks) == (0, {"response": 1})
 
 
 def test_a_small_file_that_is_shorter_than_it_says_has_its_real_length(serve: Any) -> None:
     path = Path("/sys/kernel/mm/transparent_hugepage/enabled")
     assert path.stat().st_size > len(path.read_bytes())
-    _, headers, body = split(serve(file_app(path)).ask(request()))
+    with counting() as grown:
+        _, headers, body = split(serve(file_app(path)).ask(request()))
     assert (int(headers["Content-Length"]), body) == (len(body), path.read_bytes())
+    assert (grown.bytes_copied, grown.fallbacks) == (len(body), {})
 
 
 def test_a_read_that_gives_too_much_is_cut_too(serve: Any) -> None:

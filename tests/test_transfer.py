@@ -908,3 +908,35 @@ def test_what_was_read_ahead_but_not_delivered_is_still_to_be_read(
             MOVERS[mover](src, dst)
         sock.close()
         assert src.tell() == 1 + len(receive_all(peer))
+
+
+def test_where_python_lacks_copy_file_range_a_file_goes_by_sendfile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(os, "copy_file_range")
+    path = file_of(tmp_path / "from", 3 * MiB)
+    with path.open("rb") as src, (tmp_path / "to").open("wb") as dst, counting() as grown:
+        shutil.copyfileobj(src, dst)
+    assert digest((tmp_path / "to").read_bytes()) == digest(path.read_bytes())
+    assert (grown.bytes_sendfile, grown.bytes_copy_file_range) == (3 * MiB, 0)
+
+
+def test_a_huge_read_ahead_gives_way(tmp_path: Path) -> None:
+    size = 16 * MiB
+    path = file_of(tmp_path / "from", size)
+    turns = []
+
+    def other() -> None:
+        while True:
+            turns.append(1)
+            gevent.sleep(0)
+
+    with path.open("rb", buffering=size - 1) as src, (tmp_path / "to").open("wb") as dst:
+        src.read(1)
+        running = gevent.spawn(other)
+        with counting() as grown:
+            shutil.copyfileobj(src, dst)
+        running.kill()
+    assert digest((tmp_path / "to").read_bytes()) == digest(path.read_bytes()[1:])
+    assert grown.bytes_copied >= size - 2
+    assert len(turns) >= 7
