@@ -8,7 +8,7 @@ import os
 import random
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -117,6 +117,21 @@ def open_descriptors() -> int:
 def digest(data: bytes) -> str:
     """Return a short name for *data*, for messages that a person can read."""
     return f"{len(data)} bytes {hashlib.sha256(data).hexdigest()[:12]}"
+
+
+@contextlib.contextmanager
+def ended_with(command: Sequence[str], **options: Any) -> Iterator[subprocess.Popen[bytes]]:
+    """Start *command*, its output a pipe; when the block is left by an error, it is killed.
+
+    ``with subprocess.Popen`` alone would wait for it, and the time limit of a test that hangs
+    would hang as well.
+    """
+    with subprocess.Popen(command, stdout=subprocess.PIPE, **options) as process:
+        try:
+            yield process
+        except BaseException:
+            process.kill()
+            raise
 
 
 def run_program(program: str, *arguments: object, **environ: object) -> str:
