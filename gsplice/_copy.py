@@ -7,9 +7,8 @@ from collections.abc import Callable
 from typing import Any, Final
 
 from ._stats import counters
-from .endpoints import File
 from .recognise import NotOurs, different_files, sink, source, stream_socket
-from .transfer import Transfer, finish, move
+from .transfer import Transfer, move
 
 _READ_SIZE: Final = 64 * 1024
 
@@ -42,11 +41,7 @@ def copy(src: Any, dst: Any, count: int | None = None) -> int:
     except NotOurs as reason:
         counters.fell_back(reason.args[0])
     else:
-        ended = move(transfer, one, other)
-        if isinstance(one, File):
-            finish(transfer, one, other)  # it may be small, or have grown since
-            ended = True
-        if ended:
+        if move(transfer, one, other):
             return transfer.delivered
     while (asked := transfer.room(_READ_SIZE)) > 0 and (data := read(asked)):
         if _is_socket(dst):

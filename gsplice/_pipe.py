@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 #: Values of :attr:`Pipe.pending` that are no number of bytes.
 UNKNOWN: Final = -1
 IDLE: Final = -2
+BUSY: Final = -3
 
 # gevent's version defers the close to the hub. Bound as defaults below, for finalizers that run
 # while the interpreter takes the module apart.
@@ -60,7 +61,8 @@ class Pipe:
     #: takes a slot per segment: a full pipe may hold less or more.
     capacity: int
     #: Bytes known to be inside. 0 also means that the pipe may go back to the pool; UNKNOWN that a
-    #: fill is under way or was interrupted, or that the pipe is closed; IDLE that the pool has it.
+    #: fill is under way or was interrupted, or that the pipe is closed; IDLE that the pool has it;
+    #: BUSY that a thread is at work on it, and sets this as the last thing that it does with it.
     pending: int
     #: Whose list it goes back to.
     home: Home

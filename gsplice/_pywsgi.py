@@ -17,7 +17,7 @@ from ._stats import counters
 from .config import SMALL
 from .endpoints import File, Socket
 from .recognise import NotOurs, regular_file, stream_socket
-from .transfer import Transfer, send_file
+from .transfer import Transfer, move, read
 
 _TCP_CORK = 3  # tcp(7), Linux 2.2
 
@@ -185,9 +185,15 @@ class _FileResponse:
         self._first = b""
         if length > SMALL:
             return length
-        while data := self._src.obj.read(length - len(self._first)):
-            self._first += data
-        return len(self._first)
+        transfer, src = Transfer(length), self._src
+        first = src.read_ahead(length)
+        while (asked := length - len(first)) and (
+            data := read(transfer, src, src.offset + len(first), asked)
+        ):
+            first += data
+        src.obj.seek(src.offset + len(first))
+        self._first = first
+        return len(first)
 
     def send(self) -> None:
         """Send headers and body so that a small response is one segment.
@@ -208,7 +214,6 @@ class _FileResponse:
             handler.write(first)  # with the headers
             if first:
                 transfer.moved(len(first), "bytes_copied")
-                self._src.offset += len(first)
             if transfer.room(1):
                 self._send_rest(transfer)
         finally:
@@ -221,7 +226,7 @@ class _FileResponse:
         handler = self._handler
         before = transfer.delivered
         try:
-            send_file(transfer, self._src, self._dst)
+            move(transfer, self._src, self._dst)
         except (ConnectionError, TimeoutError) as err:
             handler.status = f"socket error: {err}"
             if handler.code > 0:

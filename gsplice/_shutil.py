@@ -8,7 +8,7 @@ from typing import Any, Final
 from ._stats import counters
 from .endpoints import File
 from .recognise import NotOurs, different_files, sink, source
-from .transfer import Transfer, move
+from .transfer import Transfer, is_small, move
 
 __implements__ = ["copyfileobj"]
 
@@ -37,7 +37,8 @@ def copyfileobj(fsrc: Any, fdst: Any, length: int = 0) -> None:
     except NotOurs as reason:
         counters.fell_back(reason.args[0])
     else:
-        # A file that is at its end may have grown since; a stream that has ended has ended.
-        if move(Transfer(), src, dst) and not isinstance(src, File):
+        if isinstance(src, File) and is_small(src):
+            counters.fell_back("small")
+        elif move(Transfer(), src, dst):
             return
     _original(fsrc, fdst, length)

@@ -14,7 +14,8 @@ from gevent.socket import socket as GeventSocket
 from ._stats import counters
 from .config import SMALL
 from .recognise import NotOurs, overrides_nothing, regular_file, stream_socket
-from .transfer import Transfer, file_to_socket, send_file
+from .residency import read_resident
+from .transfer import Transfer, file_to_socket, move
 
 __implements__ = ["sendfile", "_sendfile_use_sendfile"]
 
@@ -49,9 +50,10 @@ def _send(sock: Any, file: Any, offset: int, count: int | None, sent: int = 0) -
         rest = count - sent if sent and count is not None else count
         return sent + _original(sock, file, offset, rest)  # type: ignore[no-any-return]
     sock._check_sendfile_params(file, offset, count)
-    src.offset = src.obj.seek(offset) if offset else src.obj.tell()
+    if offset:
+        src.obj.seek(offset)
     transfer = Transfer(count, sent)
-    send_file(transfer, src, dst)
+    move(transfer, src, dst)
     return transfer.delivered
 
 
@@ -60,7 +62,7 @@ def _send_small(sock: Any, file: Any, offset: int, count: int | None) -> int | N
 
     Without this short cut a file of a few KiB takes twice as long, most of it to recognise the two
     ends (benchmarks/file_to_socket.py). None: it is not that simple, and nothing has moved.
-    Lets out the errors of read() and send(), with the file where it was.
+    Lets out the errors of send(), with the file where it was.
     """
     if (
         type(sock) is not GeventSocket
@@ -75,7 +77,8 @@ def _send_small(sock: Any, file: Any, offset: int, count: int | None) -> int | N
     raw = file.raw
     if type(raw) is not FileIO or raw.closed or not overrides_nothing(raw):
         return None
-    status = os.fstat(raw.fileno())
+    fd = raw.fileno()
+    status = os.fstat(fd)
     if not stat.S_ISREG(status.st_mode):
         return None
     position = offset or file.tell()
@@ -84,17 +87,21 @@ def _send_small(sock: Any, file: Any, offset: int, count: int | None) -> int | N
         left = count
     if not 0 < left <= SMALL:
         return None
-    if offset:
-        file.seek(offset)
-    data = file.read(left)
+    if os.lseek(fd, 0, os.SEEK_CUR) != (file.tell() if offset else position):
+        return None  # there is something in its buffer
+    try:
+        data = read_resident(fd, position, left)
+    except OSError:
+        return None
+    if not data:
+        return None
     sent = 0
     try:
         sent = sock._sock.send(data)
     except BlockingIOError:
         pass
     finally:
-        if sent < len(data):
-            file.seek(position + sent)
+        file.seek(position + sent)
     if sent:
         counters.add_transfer("bytes_copied", sent)
     return sent if sent == len(data) else _send(sock, file, position + sent, count, sent)

@@ -15,8 +15,11 @@ can be set in code before the first transfer::
 ``max_idle`` (``GSPLICE_MAX_IDLE``, 64)
     Most idle pipes in the list that all hubs share.
 ``offload`` (``GSPLICE_OFFLOAD``, auto)
-    Whether disk waits go to a thread: ``auto``, ``never`` or ``always``. Checked and kept, but
-    this version waits for disks where the original function does.
+    Whether work that may wait for a disk goes to a thread: ``auto``, when the page cache does not
+    have what is wanted; ``never``, as unpatched; or ``always``, without asking the page cache.
+``threads`` (``GSPLICE_THREADS``, 8)
+    Most threads of one hub that wait for disks, made when first needed. One filesystem gets half
+    of them, so that a slow one does not hold up the others.
 ``patch_all`` (``GSPLICE_PATCH_ALL``, false)
     Whether ``gevent.monkey.patch_all()`` also calls :func:`gsplice.patch_all`. Checked and kept,
     but not acted upon in this version.
@@ -59,6 +62,24 @@ PIECE: Final = 2 * MiB
 #: up to 100 KiB or so (benchmarks/file_to_socket.py), and nothing about them can surprise.
 SMALL: Final = 64 * KiB
 
+#: Most bytes of a file that a thread puts into a pipe, or reads, at once. The next as many are read
+#: ahead meanwhile. More makes the first byte, and whoever queues for the thread, wait longer.
+COLD_PIECE: Final = 512 * KiB
+
+#: What is known to be in the page cache is sampled at both ends of every so many bytes: a question
+#: costs 0.9 us, and sendfile(2) of this much takes 45 us.
+STRIDE: Final = 256 * KiB
+
+#: Seconds for which an answer of the page cache is believed.
+BELIEVED: Final = 1.0
+
+#: A piece of more than this is written to a disk on a thread. The kernel makes a writer wait, up to
+#: 200 ms, when too much is dirty, and looks once in 128 KiB or so (balance_dirty_pages()).
+BIG_WRITE: Final = 64 * KiB
+
+#: Seconds after which an idle thread ends.
+THREAD_IDLE: Final = 10
+
 OFFLOAD_POLICIES: Final = ("auto", "never", "always")
 
 
@@ -69,6 +90,13 @@ def _whole_number(name: str, value: object) -> int:
         number = -1
     if number < 0 or isinstance(value, bool):
         raise ValueError(f"{name} must be a whole number from 0 up, not {value!r}")
+    return number
+
+
+def _at_least_one(name: str, value: object) -> int:
+    number = _whole_number(name, value)
+    if not number:
+        raise ValueError(f"{name} must be at least 1, not {value!r}")
     return number
 
 
@@ -97,6 +125,7 @@ class Settings:
     max_idle_hub: int
     max_idle: int
     offload: str
+    threads: int
     patch_all: bool
 
     _checks: Mapping[str, tuple[Callable[[str, object], Any], object]] = {
@@ -105,6 +134,7 @@ class Settings:
         "max_idle_hub": (_whole_number, 16),
         "max_idle": (_whole_number, 64),
         "offload": (_policy, "auto"),
+        "threads": (_at_least_one, 8),
         "patch_all": (_boolean, False),
     }
 

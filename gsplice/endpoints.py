@@ -16,14 +16,15 @@ from typing import Any
 from gevent import socket as gsocket
 
 from ._linux import ioctl
+from .residency import Residency
 
 _SIOCATMARK = 0x8905
 
 
 class File:
-    """A regular file. The kernel reads at :attr:`offset` and writes where the descriptor stands."""
+    """A regular file. It is read at :attr:`offset`, and written where the descriptor stands."""
 
-    __slots__ = ("obj", "offset", "raw", "status")
+    __slots__ = ("cache", "obj", "offset", "raw", "status")
 
     def __init__(self, obj: Any, raw: Any, status: os.stat_result) -> None:
         self.obj = obj
@@ -31,14 +32,25 @@ class File:
         self.offset = 0
         #: What fstat(2) said when the file was handed in.
         self.status = status
+        self.cache = Residency()
 
     def fileno(self) -> int:
         """Return the descriptor. Raises ValueError when the file has been closed."""
         return _fileno(self.raw)
 
-    def size(self) -> int:
-        """Return the size in bytes at this moment."""
-        return os.fstat(self.fileno()).st_size
+    def left(self) -> int:
+        """Return how many bytes come after the offset, by what fstat(2) said at first.
+
+        Asked again, it may have the hub wait for a server. The end is where a read says it is.
+        """
+        return self.status.st_size - self.offset
+
+    def ready(self, most: int) -> int:
+        """Return how many bytes at the offset, *most* at the most, need no disk.
+
+        Raises ValueError when the file has been closed.
+        """
+        return self.cache.ready(self.fileno(), self.offset, most)
 
     def is_same_file(self, other: File) -> bool:
         """Say whether *other* is the same file on disk."""
@@ -79,6 +91,29 @@ class File:
     def write_some(self, data: memoryview) -> int:
         """Write part of *data* the ordinary way, where the descriptor stands; say how much."""
         return self.raw.write(data)  # type: ignore[no-any-return]
+
+    def write_waits(self, size: int) -> bool:
+        """Say whether writing *size* bytes may have the hub wait for a disk."""
+        return self.cache.write_waits(self.fileno(), size)
+
+    def reserve(self, size: int) -> int:
+        """Have the descriptor stand *size* bytes further on; return where it stood.
+
+        A thread writes these bytes, while others may write to the same file behind them.
+        """
+        position = os.lseek(self.fileno(), 0, os.SEEK_CUR)
+        os.lseek(self.fileno(), position + size, os.SEEK_SET)
+        return position
+
+    def settle(self, position: int, reserved: int, written: int) -> None:
+        """Have the descriptor stand after what has been *written* of what was *reserved*.
+
+        Unless somebody else has moved it since, or the file has been closed.
+        """
+        if written == reserved or self.raw.closed:
+            return
+        if os.lseek(self.fileno(), 0, os.SEEK_CUR) == position + reserved:
+            os.lseek(self.fileno(), position + written, os.SEEK_SET)
 
     def wait_read(self) -> None:
         """Do nothing: a regular file is always ready."""

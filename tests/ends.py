@@ -44,6 +44,13 @@ def until(condition: Callable[[], Any]) -> None:
             gevent.sleep(0.001)
 
 
+def threads_done() -> None:
+    """Wait until the threads of this hub have nothing left to do."""
+    threads = gevent.get_hub().__dict__.get("_gsplice_threads")
+    if threads is not None:
+        until(lambda: not len(threads._pool))
+
+
 def is_waited_for(sock: Any, event: str = "write") -> bool:
     """Say whether a greenlet waits until *sock* can be written (or read)."""
     return getattr(sock, f"_{event}_event").callback is not None

@@ -240,7 +240,7 @@ def test_settings_come_from_the_environment() -> None:
             GSPLICE_MAX_PIPES="7",
             GSPLICE_PATCH_ALL="yes",
         )
-        == "65536 7 16 64 auto True\n"
+        == "65536 7 16 64 auto 8 True\n"
     )
 
 

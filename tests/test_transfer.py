@@ -223,7 +223,7 @@ def test_file_to_file_across_filesystems(
         shutil.copyfileobj(src, dst)
         assert (src.tell(), dst.tell()) == (MANY, MANY)
     assert dst_path.read_bytes() == src_path.read_bytes()
-    assert grown.bytes_copy_file_range + grown.bytes_sendfile == MANY
+    assert grown.bytes_copy_file_range + grown.bytes_spliced == MANY
     assert grown.fallbacks == {}
 
 
@@ -910,7 +910,7 @@ def test_what_was_read_ahead_but_not_delivered_is_still_to_be_read(
         assert src.tell() == 1 + len(receive_all(peer))
 
 
-def test_where_python_lacks_copy_file_range_a_file_goes_by_sendfile(
+def test_where_python_lacks_copy_file_range_a_file_goes_by_splice(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delattr(os, "copy_file_range")
@@ -918,7 +918,7 @@ def test_where_python_lacks_copy_file_range_a_file_goes_by_sendfile(
     with path.open("rb") as src, (tmp_path / "to").open("wb") as dst, counting() as grown:
         shutil.copyfileobj(src, dst)
     assert digest((tmp_path / "to").read_bytes()) == digest(path.read_bytes())
-    assert (grown.bytes_sendfile, grown.bytes_copy_file_range) == (3 * MiB, 0)
+    assert (grown.bytes_spliced, grown.bytes_copy_file_range) == (3 * MiB, 0)
 
 
 def test_a_huge_read_ahead_gives_way(tmp_path: Path) -> None:

@@ -1,0 +1,174 @@
+"""From a stream to anything: through a pipe of the pool, or directly if one end is a pipe."""
+
+from __future__ import annotations
+
+import os
+
+from . import pipes
+from ._linux import SPLICE_FLAGS
+from ._transfer import REFUSALS, Transfer, into_file, write
+from .config import PIECE, SMALL
+from .endpoints import Endpoint, File, Pipe, Socket
+
+
+class _Refused(Exception):
+    """The kernel will not fill a pipe from this source."""
+
+
+def directly(transfer: Transfer, src: Socket | Pipe, dst: Endpoint) -> str | None:
+    """Splice between two ends of which one is the caller's own pipe; nothing is borrowed.
+
+    EAGAIN does not tell which end is not ready (the caller's pipe may well be full, or stalled), so
+    both are waited for, one after the other. Lets out what splice(2) says of the ends.
+    """
+    waited = False
+    while (asked := transfer.room(PIECE)) > 0:
+        number: int | None
+        try:
+            number = os.splice(src.fileno(), dst.fileno(), asked, flags=SPLICE_FLAGS)
+        except BlockingIOError:
+            number = None
+        except OSError as err:
+            if err.errno in REFUSALS:
+                return "refused"
+            raise
+        if number:
+            transfer.moved(number, "bytes_spliced")
+            transfer.give_way()
+            waited = False
+        elif (number == 0 or waited) and _has_ended(transfer, src, dst, asked, number):
+            break
+        else:
+            transfer.wait(src.wait_read)
+            transfer.wait(dst.wait_write)
+            waited = True
+    return None
+
+
+def through_pool(transfer: Transfer, src: Socket, dst: Endpoint) -> str | None:
+    """Splice from *src* to *dst* through a pipe of the pool, lent only while it holds bytes.
+
+    The pipe is empty whenever a fill starts, so EAGAIN means one thing at each leg: *src* has
+    nothing, or *dst* has no room. Lets out what splice(2) says of the ends.
+    """
+    waited = False
+    while (asked := transfer.room(PIECE)) > 0:
+        pipe = pipes.acquire()
+        if pipe is None:
+            return "no_pipe"
+        try:
+            filled = fill(pipe, src, asked)
+            if filled and not drain(transfer, pipe, dst):
+                return "refused"
+        except _Refused:
+            return "refused"
+        finally:
+            pipes.release(pipe)
+        if filled:
+            transfer.give_way()
+            waited = False
+        elif (filled == 0 or waited) and _has_ended(transfer, src, dst, asked, filled):
+            break
+        else:
+            transfer.wait(src.wait_read)
+            waited = True
+    return None
+
+
+def _has_ended(
+    transfer: Transfer, src: Socket | Pipe, dst: Endpoint, asked: int, spliced: int | None
+) -> bool:
+    """Say whether *src* has ended, from which splice(2) took nothing although it is readable.
+
+    At TCP's urgent mark splice(2) answers 0 or EAGAIN (*spliced* is None) for ever; recv() goes on
+    behind it. What it gives is delivered. Lets out the errors of recv() and of the ordinary write.
+    """
+    if isinstance(src, Pipe):
+        return spliced == 0
+    if spliced is None and not src.at_urgent_mark():
+        return False
+    try:
+        data = src.receive(min(asked, SMALL))
+    except BlockingIOError:
+        return False
+    write(transfer, dst, data)
+    return not data
+
+
+def fill(pipe: pipes.Pipe, src: Socket, asked: int) -> int | None:
+    """Splice at most *asked* bytes from *src* into *pipe*, which is empty on entry.
+
+    On exit ``pipe.pending`` is what it holds, and returned. 0 is end of file, and nothing else is;
+    None: *src* has nothing now, and the pipe is still empty. Lets out _Refused, and what splice(2)
+    says of *src*, with the pipe still empty.
+    """
+    fd = src.fileno()
+    pipe.pending = pipes.UNKNOWN  # until the call has told: an exception may come in between
+    try:
+        pipe.pending = os.splice(fd, pipe.write_fd, asked, flags=SPLICE_FLAGS)
+    except BlockingIOError:
+        pipe.pending = 0
+        return None
+    except OSError as err:
+        pipe.pending = 0  # splice(2) answers with an error only if it moved nothing
+        if err.errno in REFUSALS:
+            raise _Refused from None
+        raise
+    return pipe.pending
+
+
+def drain(transfer: Transfer, pipe: pipes.Pipe, dst: Endpoint) -> bool:
+    """Splice all of *pipe*, which is not empty on entry, into *dst*.
+
+    On exit the pipe is empty and its bytes are delivered. False: the kernel does not splice into
+    *dst* (an append-only file, a filesystem without splice); they were written the ordinary way.
+    Lets out what splice(2), or the ordinary write, says of *dst*: bytes that are still in the pipe,
+    or in the ordinary write, are lost then.
+    """
+    while pipe.pending:
+        result: int | OSError
+        if isinstance(dst, File) and dst.write_waits(pipe.pending):
+            result = _drain_on_thread(transfer, pipe, dst)
+        else:
+            try:
+                result = os.splice(pipe.read_fd, dst.fileno(), pipe.pending, flags=SPLICE_FLAGS)
+                pipe.pending -= result
+            except BlockingIOError:
+                transfer.wait(dst.wait_write)
+                continue
+            except OSError as err:
+                result = err
+        if isinstance(result, int):
+            transfer.moved(result, "bytes_spliced")
+        elif result.errno in REFUSALS:
+            while pipe.pending:
+                data = os.read(pipe.read_fd, pipe.pending)
+                pipe.pending -= len(data)
+                write(transfer, dst, data)
+            return False
+        else:
+            raise result
+    return True
+
+
+def _drain_on_thread(transfer: Transfer, pipe: pipes.Pipe, dst: File) -> int | OSError:
+    """Have a thread splice all of *pipe* into *dst*; return how much it did, or its error.
+
+    On exit ``pipe.pending`` is what is left, or BUSY if the wait was interrupted: the pipe is the
+    thread's then. Raises as :meth:`Transfer.on_thread` does.
+    """
+    pending, pipe.pending = pipe.pending, pipes.BUSY
+    return into_file(transfer, dst, pending, (), _empty, pending, pipe)
+
+
+def _empty(fd: int, position: int, pending: int, pipe: pipes.Pipe) -> int:
+    written = 0
+    try:
+        while written < pending:
+            written += os.splice(pipe.read_fd, fd, pending - written, offset_dst=position + written)
+    except OSError:
+        if not written:
+            raise
+    finally:
+        pipe.pending = pending - written
+    return written

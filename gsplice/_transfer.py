@@ -1,0 +1,167 @@
+"""One transfer, and the ordinary ways to read and write in its course."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable
+from typing import Any, Final
+
+import gevent
+from gevent._hub_local import get_hub_if_exists
+from greenlet import getcurrent
+
+from . import offload
+from ._stats import counters
+from .config import PIECE
+from .endpoints import Endpoint, File
+
+#: What the kernel, a filesystem or a sandbox answers when it will not move bytes between these two
+#: ends in this way. Any other error is the ends' own.
+REFUSALS: Final = frozenset(
+    {errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM, errno.EXDEV, errno.ESPIPE}
+)
+
+
+class Transfer:
+    """One transfer: how much has been delivered, how much may still be, and whose it is."""
+
+    __slots__ = ("_process", "_since_switch", "delivered", "limit")
+
+    def __init__(self, limit: int | None = None, delivered: int = 0) -> None:
+        #: Bytes delivered, and the most that may be; None: until the source ends.
+        self.delivered = delivered
+        self.limit = limit
+        self._since_switch = 0
+        self._process = os.getpid()
+
+    def room(self, most: int) -> int:
+        """Return how many bytes may be asked for next, *most* at the most; 0 at the limit."""
+        return most if self.limit is None else min(most, self.limit - self.delivered)
+
+    def moved(self, number: int, counter: str) -> None:
+        """Note that *number* bytes have been delivered."""
+        if self.delivered:
+            counters.add(counter, number)
+        else:
+            counters.add_transfer(counter, number)
+        self.delivered += number
+        self._since_switch += number
+
+    def wait(self, wait: Callable[[], None]) -> None:
+        """Wait for an end to be ready. Lets out what the end's own wait raises."""
+        self._since_switch = 0
+        wait()
+        self.check_process()
+
+    def on_thread(self, files: tuple[File, ...], job: Callable[..., Any], *args: Any) -> Any:
+        """Do ``job(*descriptors of files, *args)`` on a thread; return its result, or its OSError.
+
+        Lets out ValueError for a file that has been closed, and what is thrown into the greenlet
+        while it waits: the job may go on then.
+        """
+        fds = tuple(file.fileno() for file in files)
+        result = offload.run(tuple(file.status.st_dev for file in files), fds, job, *args)
+        self._since_switch = 0
+        self.check_process()
+        return result
+
+    def give_way(self) -> None:
+        """Let other greenlets run when PIECE bytes have moved since they last could."""
+        if self._since_switch >= PIECE:
+            self._since_switch = 0
+            hub = get_hub_if_exists()
+            if hub is not None and hub is not getcurrent():
+                gevent.sleep(0)
+                self.check_process()
+
+    def leave(self, src: Endpoint, dst: Endpoint) -> None:
+        """Make both objects stand where the delivered bytes left them.
+
+        Not in a forked child, which shares the position of every file with its parent.
+        """
+        if self.is_ours():
+            src.leave_source()
+            dst.leave_sink()
+
+    def is_ours(self) -> bool:
+        """Say whether this process started the transfer."""
+        # Asked for, not noted by a handler after the fork: another handler that runs before ours
+        # may switch to this greenlet.
+        return os.getpid() == self._process
+
+    def check_process(self) -> None:
+        """Raise in a forked child: the transfer, its descriptors and its peer are the parent's."""
+        if not self.is_ours():
+            raise offload.forked()
+
+
+def read(transfer: Transfer, src: File, offset: int, asked: int) -> bytes:
+    """Read at most *asked* bytes of *src* at *offset*, on a thread if a disk has to be waited for.
+
+    No bytes: *src* ends there. Lets out the errors of pread(2).
+    """
+    data = src.cache.read(src.fileno(), offset, asked)
+    if data is None:
+        result = transfer.on_thread((src,), os.pread, asked, offset)
+        if isinstance(result, OSError):
+            raise result
+        data = result
+    return data
+
+
+def write(transfer: Transfer, dst: Endpoint, data: bytes, src: Endpoint | None = None) -> None:
+    """Write all of *data*, read from *src*, to *dst*, whose object has nothing buffered.
+
+    Lets out the errors of the ordinary write(); what had not been written then is lost, unless
+    *src* is a file, which is left to stand before it.
+    """
+    view = memoryview(data)
+    while view:
+        piece = view[:PIECE]
+        try:
+            if isinstance(dst, File) and dst.write_waits(len(piece)):
+                result = into_file(transfer, dst, len(piece), (), _write_at, piece)
+                if isinstance(result, OSError):
+                    raise result
+                written = result
+            else:
+                written = dst.write_some(piece)
+        except BlockingIOError:
+            transfer.wait(dst.wait_write)
+            continue
+        view = view[written:]
+        if isinstance(src, File):
+            src.offset += written
+        transfer.moved(written, "bytes_copied")
+        transfer.give_way()
+
+
+def into_file(
+    transfer: Transfer,
+    dst: File,
+    size: int,
+    sources: tuple[File, ...],
+    job: Callable[..., int],
+    *args: Any,
+) -> int | OSError:
+    """Have a thread write at most *size* bytes where *dst* stands; return how many, or its error.
+
+    Calls ``job(*descriptors of sources, that of dst, where to write, *args)``. On exit *dst* stands
+    after the bytes written; if the wait is interrupted, where it stood, and the thread may still
+    write behind that. Raises as :meth:`Transfer.on_thread` does.
+    """
+    position = dst.reserve(size)
+    written = 0
+    try:
+        result: int | OSError = transfer.on_thread((*sources, dst), job, position, *args)
+        if isinstance(result, int):
+            written = result
+        return result
+    finally:
+        if transfer.is_ours():
+            dst.settle(position, size, written)
+
+
+def _write_at(fd: int, position: int, data: memoryview) -> int:
+    return os.pwrite(fd, data, position)

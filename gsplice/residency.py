@@ -1,0 +1,137 @@
+"""Is this range of the file in the page cache? If not, reading it would have the hub wait.
+
+Three ways to know, the first that answers for a file is used for it:
+
+- preadv2(2) with ``RWF_NOWAIT`` reads a byte or fails with EAGAIN (ext4, xfs, btrfs). A page at
+  each end of every ``STRIDE`` bytes is asked for; all would cost as much as the transfer.
+- The type of the filesystem (statfs(2)): in memory there is nothing to wait for.
+- cachestat(2) counts the pages of a range (FUSE, NFS, CIFS).
+
+Where none of them answers, a file counts as not resident.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from typing import Final
+
+from ._linux import RWF_NOWAIT, cached, filesystem_type
+from .config import BELIEVED, BIG_WRITE, STRIDE, settings
+
+#: ``f_type`` of what lives in memory: tmpfs, ramfs, hugetlbfs, proc, sysfs, cgroup, cgroup2.
+_IN_MEMORY: Final = frozenset(
+    {0x01021994, 0x858458F6, 0x958458F6, 0x9FA0, 0x62656572, 0x27E0EB, 0x63677270}
+)
+
+#: ``f_type`` of what lives on a disk here and takes small writes into the page cache: ext4, xfs,
+#: btrfs, f2fs, zfs, bcachefs, overlayfs. What is anywhere else may ask a server about each.
+_ON_DISK: Final = frozenset(
+    {0xEF53, 0x58465342, 0x9123683E, 0xF2F52010, 0x2FC12FC1, 0xCA451A4E, 0x794C7630}
+)
+
+_ONE_BYTE: Final = (bytearray(1),)
+
+
+class Residency:
+    """What is known of one file in the course of one transfer."""
+
+    __slots__ = ("_ask", "_asked", "_begin", "_end", "_filesystem")
+
+    def __init__(self) -> None:
+        self._ask: Callable[[int, int, int], int] | None = None
+        #: Bytes from _begin to _end are resident, said the page cache at the time _asked.
+        self._begin = self._end = 0
+        self._asked = 0.0
+        self._filesystem: int | None = -1
+
+    def ready(self, fd: int, offset: int, most: int) -> int:
+        """Return how many bytes from *offset* on, *most* at the most, need no disk.
+
+        Raises nothing: what is wrong with *fd*, the transfer will find out.
+        """
+        if self._ask is None:
+            self._ask = self._choose(fd, offset)
+        now = time.monotonic()
+        if not self._begin <= offset <= self._end or now - self._asked > BELIEVED:
+            self._begin = self._end = offset
+        if self._end - offset < min(most, STRIDE):
+            self._end = self._ask(fd, self._end, offset + most)
+            self._asked = now
+        return min(self._end - offset, most)
+
+    def read(self, fd: int, offset: int, size: int) -> bytes | None:
+        """Read at most *size* bytes at *offset*, or return None if that may need a disk.
+
+        No bytes: the file ends there. Lets out the errors of pread(2).
+        """
+        if self._ask is None:
+            self._ask = self._choose(fd, offset)
+        if self._ask is _probe:
+            return read_resident(fd, offset, size)
+        return os.pread(fd, size, offset) if self.ready(fd, offset, size) == size else None
+
+    def write_waits(self, fd: int, size: int) -> bool:
+        """Say whether writing *size* bytes to the file may have to wait for a disk or a server."""
+        if settings.offload != "auto":
+            return settings.offload == "always"
+        if self._filesystem == -1:
+            self._filesystem = filesystem_type(fd)
+        if self._filesystem in _IN_MEMORY:
+            return False
+        return size > BIG_WRITE or self._filesystem not in _ON_DISK
+
+    def _choose(self, fd: int, offset: int) -> Callable[[int, int, int], int]:
+        if settings.offload != "auto":
+            return _all if settings.offload == "never" else _none
+        try:
+            read_resident(fd, offset, 1)
+        except OSError:
+            pass
+        else:
+            return _probe
+        self._filesystem = filesystem_type(fd)
+        if self._filesystem in _IN_MEMORY:
+            return _all
+        return _none if cached(fd, 0, 1) is None else _count
+
+
+def read_resident(fd: int, offset: int, size: int) -> bytes | None:
+    """Read at most *size* bytes at *offset* from the page cache; None if they are not there.
+
+    No bytes: the file ends there. Lets out OSError where the filesystem can't tell (EOPNOTSUPP).
+    """
+    buffer = bytearray(size)
+    try:
+        number = os.preadv(fd, (buffer,), offset, RWF_NOWAIT)
+    except BlockingIOError:
+        return None
+    return bytes(buffer) if number == size else bytes(buffer[:number])
+
+
+def _all(fd: int, offset: int, end: int) -> int:
+    return end
+
+
+def _none(fd: int, offset: int, end: int) -> int:
+    return offset
+
+
+def _probe(fd: int, offset: int, end: int) -> int:
+    """Return up to where the pages at the ends of the strides from *offset* on are resident."""
+    try:
+        if os.preadv(fd, _ONE_BYTE, offset, RWF_NOWAIT) == 0:
+            return offset
+        while offset < end:
+            following = min(offset + STRIDE, end)
+            if os.preadv(fd, _ONE_BYTE, following - 1, RWF_NOWAIT) == 0:
+                break
+            offset = following
+    except OSError:  # EAGAIN: not resident
+        pass
+    return offset
+
+
+def _count(fd: int, offset: int, end: int) -> int:
+    return end if cached(fd, offset, end - offset) else offset
