@@ -24,6 +24,7 @@ import errno
 import json
 import mimetypes
 import os
+import re
 import signal
 import stat
 import sys
@@ -35,7 +36,7 @@ from urllib.parse import quote
 
 import gevent
 from gevent.monkey import get_original
-from gevent.pywsgi import WSGIServer
+from gevent.pywsgi import WSGIHandler, WSGIServer
 from jinja2 import Environment, FileSystemLoader
 from werkzeug.datastructures import Range
 from werkzeug.exceptions import (
@@ -46,7 +47,7 @@ from werkzeug.exceptions import (
     PreconditionFailed,
     RequestedRangeNotSatisfiable,
 )
-from werkzeug.http import is_resource_modified, parse_range_header
+from werkzeug.http import is_resource_modified, parse_date, parse_etags, parse_range_header
 from werkzeug.utils import redirect
 from werkzeug.wrappers import Request, Response
 
@@ -71,6 +72,8 @@ COMPRESSED_TYPES = {
     "bzip2": "application/x-bzip2",
     "xz": "application/x-xz",
 }
+#: "GET http://host/path", which a server has to understand too (RFC 9112); pywsgi leaves it as is.
+ABSOLUTE_FORM = re.compile(r"https?://[^/]+(/.*)?", re.IGNORECASE | re.DOTALL)
 PIECE = 64 * 1024
 
 #: gevent's own puts off closing to the next turn of its loop, for the sake of watchers, which ours
@@ -138,6 +141,8 @@ class FileServer:
     def respond(self, environ: WSGIEnviron) -> Response:
         if environ["REQUEST_METHOD"] not in ("GET", "HEAD"):
             raise MethodNotAllowed(["GET", "HEAD"])
+        if absolute := ABSOLUTE_FORM.fullmatch(environ["PATH_INFO"]):
+            environ["PATH_INFO"] = absolute[1] or "/"
         url_path = environ["PATH_INFO"]
         if url_path == "/.stats":
             return stats_page(environ)
@@ -280,10 +285,10 @@ def conditional_response(environ: WSGIEnviron, file: BinaryIO, mimetype: str) ->
     response.last_modified = moment(status.st_mtime)
     response.set_etag(f"{status.st_ino:x}-{size:x}-{status.st_mtime_ns:x}")
 
-    # Ranges come afterwards: "not modified" goes before them.
+    # In the order of RFC 9110: "not modified" goes before ranges.
+    ignore_impossible_dates(environ)
+    check_preconditions(environ, response)
     response.make_conditional(environ)
-    if response.status_code == 412:
-        raise PreconditionFailed
     if response.status_code == 304:
         file.close()
         return response
@@ -309,12 +314,42 @@ def conditional_response(environ: WSGIEnviron, file: BinaryIO, mimetype: str) ->
     return response
 
 
+def ignore_impossible_dates(environ: WSGIEnviron) -> None:
+    """Blank the dates that werkzeug would raise OverflowError for."""
+    for name in ("HTTP_IF_MODIFIED_SINCE", "HTTP_IF_UNMODIFIED_SINCE", "HTTP_IF_RANGE"):
+        try:
+            parse_date(environ.get(name))
+        except OverflowError:
+            environ[name] = ""
+
+
+def check_preconditions(environ: WSGIEnviron, response: Response) -> None:
+    """Raise PreconditionFailed if the client wants another version of the file than there is.
+
+    werkzeug knows neither ``If-Match: *`` nor If-Unmodified-Since. Once checked, If-Match is taken
+    away, for werkzeug would look at it instead of If-None-Match and If-Range.
+    """
+    if "HTTP_IF_MATCH" in environ:
+        wanted = parse_etags(environ.pop("HTTP_IF_MATCH"))
+        failed = not wanted.star_tag and not wanted.is_strong(response.get_etag()[0] or "")
+    else:
+        date = parse_date(environ.get("HTTP_IF_UNMODIFIED_SINCE"))
+        modified = response.last_modified
+        failed = date is not None and modified is not None and modified > date
+    if failed:
+        raise PreconditionFailed
+
+
 def requested_range(environ: WSGIEnviron, size: int) -> Range | None:
     """Return the range to answer with; None where the header has to or may be ignored."""
-    ranges = parse_range_header(environ.get("HTTP_RANGE"))
-    if environ["REQUEST_METHOD"] != "GET" or not size or ranges is None:
+    header = environ.get("HTTP_RANGE", "")
+    if environ["REQUEST_METHOD"] != "GET" or not size:
         return None
-    if ranges.units != "bytes" or len(ranges.ranges) != 1:
+    if re.fullmatch("bytes=-0+", header, re.IGNORECASE):
+        # The last 0 bytes cannot be sent; werkzeug finds that senseless.
+        return Range("bytes", [(size, None)])
+    ranges = parse_range_header(header)
+    if ranges is None or ranges.units != "bytes" or len(ranges.ranges) != 1:
         return None
     start, stop = ranges.ranges[0]
     # The last 500 bytes of 300 are all of them; werkzeug finds that unsatisfiable.
@@ -356,9 +391,11 @@ def shown(name: str) -> str:
 
 
 def moment(seconds: float) -> datetime | None:
-    """Return a time in UTC; None if it is one that a file can have and a calendar cannot."""
+    """Return a time in UTC; None if a file can have it and the calendar, there or here, cannot."""
     try:
-        return datetime.fromtimestamp(seconds, timezone.utc)
+        result = datetime.fromtimestamp(seconds, timezone.utc)
+        result.astimezone()  # as listings will
+        return result
     except (OverflowError, ValueError, OSError):
         return None
 
@@ -400,6 +437,22 @@ def stats_json() -> Response:
     return response
 
 
+class Handler(WSGIHandler):
+    """pywsgi's, with an end to its patience: each of these has to be read within ``timeout``."""
+
+    timeout: float | None = None
+
+    def read_requestline(self) -> str:
+        # As if the connection had been lost: it is closed without a word.
+        with gevent.Timeout(self.timeout, TimeoutError):
+            return super().read_requestline()
+
+    def read_request(self, raw_requestline: str) -> bool:
+        # As if the headers were wrong: 400.
+        with gevent.Timeout(self.timeout, ValueError("the headers took too long")):
+            return super().read_request(raw_requestline)
+
+
 def make_app(root: str | os.PathLike[str], follow_symlinks: bool = False) -> WSGIApp:
     """Return the WSGI application that serves ``root``.
 
@@ -418,6 +471,14 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--follow-symlinks", action="store_true", help="serve what symlinks out of DIR lead to"
     )
+    parser.add_argument(
+        "--header-timeout",
+        metavar="SECONDS",
+        type=float,
+        default=60,
+        help="close a connection on which no request, or only the start of one, comes for so long; "
+        "default: %(default)s; 0: never",
+    )
     arguments = parser.parse_args(argv)
     if not os.path.isdir(arguments.directory):
         parser.error(f"{arguments.directory} is not a directory")
@@ -427,10 +488,13 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     arguments = parse_arguments(argv)
     patched = "patched: nothing (--no-patch)" if arguments.no_patch else gsplice.patch_all()
+    if arguments.header_timeout > 0:
+        Handler.timeout = arguments.header_timeout
     server = WSGIServer(
         (arguments.host, arguments.port),
         make_app(arguments.directory, arguments.follow_symlinks),
         log="default" if arguments.access_log else None,
+        handler_class=Handler,
     )
     for number in (signal.SIGINT, signal.SIGTERM):
         gevent.signal_handler(number, server.stop)

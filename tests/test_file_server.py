@@ -16,6 +16,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -23,7 +24,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 from types import ModuleType
 from typing import Any
-from urllib.parse import unquote_to_bytes
+from urllib.parse import quote, unquote_to_bytes
 
 import pytest
 
@@ -246,7 +247,7 @@ def test_big_file(server: Server, root: Path) -> None:
 
 
 def test_empty_file(server: Server) -> None:
-    for headers in ({}, {"Range": "bytes=0-5"}):
+    for headers in ({}, {"Range": "bytes=0-5"}, {"Range": "bytes=-0"}):
         answer = server.get("/Empty.dat", **headers)
         assert (answer.status, answer.body) == (200, b"")
         assert answer.headers["Content-Length"] == "0"
@@ -370,6 +371,69 @@ def test_clients_that_stall_or_go_away(huge: Path, options: list[str]) -> None:
 
 
 @pytest.mark.parametrize("options", [[], ["--no-patch"]])
+@pytest.mark.parametrize("sent", [b"", b"GET / HT", b"GET / HTTP/1.1\r\nHost: x\r\nX-Slow: "])
+def test_slow_clients_cost_no_thread(root: Path, options: list[str], sent: bytes) -> None:
+    with serving(root, *options) as server, contextlib.ExitStack() as stack:
+        threads = f"/proc/{server.process.pid}/task"
+        server.get("/")
+        before = len(os.listdir(threads))
+        slow = []
+        for _ in range(100):
+            sock = socket.create_connection(("127.0.0.1", server.port), TIMEOUT)
+            slow.append(stack.enter_context(sock))
+            sock.sendall(sent)
+        for _ in range(3):
+            for sock in slow:
+                sock.sendall(b"x" if sent else b"")
+            assert server.get("/").status == 200
+        assert len(os.listdir(threads)) <= before
+        assert server.stop() == (0, "")
+
+
+@pytest.mark.parametrize(
+    ("sent", "drip", "answer"),
+    [
+        (b"", b"", b""),
+        (b"GET /", b"x", b""),
+        (b"GET / HTTP/1.1\r\nHost: x\r\nX-Slow: ", b"x", b"HTTP/1.1 400 Bad Request"),
+        (b"HEAD /nope HTTP/1.1\r\nHost: x\r\n\r\n", b"", b"HTTP/1.1 404 NOT FOUND"),
+    ],
+)
+def test_header_timeout(root: Path, sent: bytes, drip: bytes, answer: bytes) -> None:
+    with (
+        serving(root, "--no-patch", "--header-timeout", "1") as server,
+        socket.create_connection(("127.0.0.1", server.port), TIMEOUT) as sock,
+    ):
+        sock.sendall(sent)
+        sock.settimeout(0.1)
+        received = b""
+        with contextlib.suppress(ConnectionError):
+            while not received.endswith(b"closed"):
+                try:
+                    received += sock.recv(1000) or b"closed"
+                except TimeoutError:
+                    sock.sendall(drip)
+        received = received.removesuffix(b"closed")
+        assert received.partition(b"\r\n")[0] == answer
+        assert server.get("/").status == 200
+        code, errors = server.stop()
+    assert code == 0
+    assert errors.count("\n") == (answer == b"HTTP/1.1 400 Bad Request"), errors
+
+
+def test_header_timeout_does_not_limit_downloads(huge: Path) -> None:
+    with (
+        serving(huge, "--header-timeout", "1") as server,
+        socket.create_connection(("127.0.0.1", server.port), TIMEOUT) as sock,
+    ):
+        sock.sendall(b"GET /huge HTTP/1.1\r\nHost: x\r\nRange: bytes=0-99999999\r\n\r\n")
+        response = http.client.HTTPResponse(sock)
+        response.begin()
+        time.sleep(1.5)
+        assert len(response.read()) == 100_000_000
+
+
+@pytest.mark.parametrize("options", [[], ["--no-patch"]])
 def test_file_that_becomes_shorter_ends_the_connection(huge: Path, options: list[str]) -> None:
     request = b"GET /huge HTTP/1.1\r\nHost: x\r\n\r\n"
     with (
@@ -383,6 +447,26 @@ def test_file_that_becomes_shorter_ends_the_connection(huge: Path, options: list
         with pytest.raises(http.client.IncompleteRead):  # a time-out, had it been kept open
             response.read()
         assert server.stop() == (0, "")
+
+
+@pytest.mark.parametrize(
+    ("target", "body"),
+    [
+        (b"http://x/text.txt", TEXT),
+        (b"HTTPS://user@[::1]:8000/text.txt?x=http://y/z", TEXT),
+        (b"http://elsewhere.example/sub/inner.txt", b"inner"),
+        (b"http://x/data:,x.html", b"colon"),
+        (b"http://x/" + quote(HOSTILE).encode(), b"hostile"),
+    ],
+)
+def test_absolute_form(server: Server, target: bytes, body: bytes) -> None:
+    answer = server.raw_get(target)
+    assert (answer.status, answer.body) == (200, body)
+
+
+@pytest.mark.parametrize("target", [b"http://x", b"http://x/", b"http://x?sort=size"])
+def test_absolute_form_of_the_root(server: Server, target: bytes) -> None:
+    assert "big.bin" in Listing(server.raw_get(target)).names
 
 
 @pytest.mark.parametrize("method", ["POST", "PUT", "DELETE", "OPTIONS", "PATCH", "FOO"])
@@ -437,8 +521,11 @@ def test_range(server: Server, wanted: str, start: int, stop: int) -> None:
     assert answer.headers["Content-Range"] == f"bytes {start}-{stop - 1}/{len(BIG)}"
 
 
-@pytest.mark.parametrize("wanted", ["bytes=100-", "bytes=100-200", "bytes=99999999999999999999-"])
-def test_range_behind_the_end_is_416(server: Server, wanted: str) -> None:
+@pytest.mark.parametrize(
+    "wanted",
+    ["bytes=100-", "bytes=100-200", "bytes=99999999999999999999-", "bytes=-0", "Bytes=-00"],
+)
+def test_range_without_any_byte_is_416(server: Server, wanted: str) -> None:
     answer = server.get("/text.txt", Range=wanted)
     assert answer.status == 416
     assert answer.headers["Content-Range"] == "bytes */100"
@@ -446,7 +533,11 @@ def test_range_behind_the_end_is_416(server: Server, wanted: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "wanted", ["bytes=0-1,4-5", "bytes=5-2", "bytes=a-b", "lines=0-1", "bytes=-", "bytes=", "x"]
+    "wanted",
+    [
+        *("bytes=0-1,4-5", "bytes=-0,4-5", "bytes=5-2", "bytes=a-b"),
+        *("lines=0-1", "lines=-0", "bytes=-", "bytes=", "x"),
+    ],
 )
 def test_several_or_senseless_ranges_give_the_whole_file(server: Server, wanted: str) -> None:
     answer = server.get("/text.txt", Range=wanted)
@@ -491,6 +582,55 @@ def test_if_match_of_another_version_is_412(server: Server) -> None:
     answer = server.get("/text.txt", If_Match='"other"')
     assert answer.status == 412
     assert TEXT not in answer.body
+
+
+def test_if_match_of_this_version_changes_nothing(server: Server) -> None:
+    etag = server.get("/text.txt").headers["ETag"]
+    for match in ("*", etag, f'"other", {etag}'):
+        answer = server.get("/text.txt", If_Match=match)
+        assert (answer.status, answer.body) == (200, TEXT), match
+        answer = server.get("/text.txt", If_Match=match, Range="bytes=1-3", If_Range=etag)
+        assert (answer.status, answer.body) == (206, b"123"), match
+        answer = server.get("/text.txt", If_Match=match, If_None_Match=etag)
+        assert (answer.status, answer.body) == (304, b""), match
+    assert server.get("/text.txt", If_Match=f"W/{etag}").status == 412, "weak ones never match"
+    assert server.get("/nope", If_Match="*").status == 404
+
+
+def test_if_unmodified_since(server: Server) -> None:
+    first = server.get("/text.txt")
+    etag, date = first.headers["ETag"], first.headers["Last-Modified"]
+    old = "Fri, 14 Jul 2017 02:40:00 GMT"
+    for headers in (
+        {"If_Unmodified_Since": date},
+        {"If_Unmodified_Since": "Fri, 14 Jul 2023 02:40:00 GMT"},
+        {"If_Unmodified_Since": "no date"},
+        {"If_Unmodified_Since": old, "If_Match": etag},
+        {"If_Unmodified_Since": old, "If_Match": "*"},
+    ):
+        answer = server.get("/text.txt", **headers)
+        assert (answer.status, answer.body) == (200, TEXT), headers
+    for headers in (
+        {"If_Unmodified_Since": old},
+        {"If_Unmodified_Since": old, "If_None_Match": etag},
+        {"If_Unmodified_Since": old, "Range": "bytes=1-3"},
+        {"If_Unmodified_Since": date, "If_Match": '"other"'},
+        {"If_Unmodified_Since": old, "method": "HEAD"},
+    ):
+        answer = server.get("/text.txt", **headers)
+        assert answer.status == 412, headers
+        assert TEXT not in answer.body
+
+
+@pytest.mark.parametrize("name", ["If_Modified_Since", "If_Unmodified_Since", "If_Range"])
+def test_dates_no_calendar_has_are_ignored(server: Server, name: str) -> None:
+    for date in (
+        "Fri, 14 Jul 99999999999999999999 02:40:00 GMT",
+        "Fri, 14 Jul 2017 02:40:00 +99999999999999",
+    ):
+        answer = server.get("/text.txt", Range="bytes=1-3", **{name: date})
+        expected = (200, TEXT) if name == "If_Range" else (206, b"123")
+        assert (answer.status, answer.body) == expected, date
 
 
 def test_etag_changes_with_the_content(tmp_path: Path) -> None:
@@ -653,6 +793,27 @@ def test_breadcrumbs(server: Server) -> None:
 
 
 @pytest.mark.parametrize(
+    ("zone", "seconds"), [("XXX10", -62_135_596_800), ("YYY-10", 253_402_300_799)]
+)
+def test_listing_with_a_time_the_zone_does_not_have(
+    monkeypatch: pytest.MonkeyPatch, zone: str, seconds: int
+) -> None:
+    """The first and the last second of the calendar, in UTC: elsewhere, they are outside it."""
+    monkeypatch.setenv("TZ", zone)
+    # Not every file system can keep such times; that of /dev/shm can.
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as name:
+        for path in (Path(name, "strange"), Path(name, "usual")):
+            path.write_bytes(TEXT)
+        os.utime(Path(name, "strange"), (seconds, seconds))
+        assert Path(name, "strange").stat().st_mtime == seconds
+        with serving(Path(name), "--no-patch") as server:
+            listing = Listing(server.get("/"))
+            assert listing.names == ["strange", "usual"]
+            assert list(listing.times) == ["usual"]
+            assert server.get("/strange").body == TEXT
+
+
+@pytest.mark.parametrize(
     ("target", "location"),
     [
         ("/sub", "/sub/"),
@@ -662,6 +823,7 @@ def test_breadcrumbs(server: Server) -> None:
         ("/inside-directory", "/inside-directory/"),
         ("/%5cevil.example", "/%5Cevil.example/"),
         ("/\\evil.example", "/%5Cevil.example/"),
+        ("http://evil.example/sub?sort=size", "/sub/?sort=size"),
     ],
 )
 def test_directory_without_slash_redirects(server: Server, target: str, location: str) -> None:
@@ -672,7 +834,10 @@ def test_directory_without_slash_redirects(server: Server, target: str, location
 
 @pytest.mark.parametrize(
     "target",
-    [b"//sub", b"/%2fsub", b"//evil.example/%2e%2e", b"//evil.example/..", b"/sub//deeper"],
+    [
+        *(b"//sub", b"/%2fsub", b"//evil.example/%2e%2e", b"//evil.example/..", b"/sub//deeper"),
+        *(b"http://x//sub", b"http://x/%2fsub", b"http:///sub", b"http:%2f%2f%2fsub"),
+    ],
 )
 def test_two_slashes_never_redirect(server: Server, target: bytes) -> None:
     answer = server.raw_get(target)
@@ -711,6 +876,15 @@ ATTACKS = [
     b"text.txt",
     b"%2e%2e/secret.txt",
     b"file:///etc/passwd",
+    b"file://x/text.txt",
+    b"http:///etc/passwd",
+    b"http://x//etc/passwd",
+    b"http://x/../secret.txt",
+    b"http://x/%2e%2e/secret.txt",
+    b"http://x%2f..%2f../secret.txt",
+    b"http://../secret.txt",
+    b"http://x/http://x/text.txt",
+    b"/http://x/text.txt",
     b"//etc/passwd",
     b"///etc/passwd",
     b"/%2fetc%2fpasswd",
