@@ -43,12 +43,17 @@ def copy(src: Any, dst: Any, count: int | None = None) -> int:
     else:
         if move(transfer, one, other):
             return transfer.delivered
-    while (asked := transfer.room(_READ_SIZE)) > 0 and (data := read(asked)):
+    while (asked := transfer.room(_READ_SIZE)) > 0 and (data := read(asked)) != b"":
+        if data is None:
+            raise BlockingIOError(errno.EAGAIN, "src is non-blocking and has no bytes now")
         if _is_socket(dst):
             write(data)
         else:
             _write_all(write, data)
-        transfer.delivered += len(data)
+        transfer.passed(len(data))
+    flush = getattr(dst, "flush", None)
+    if flush is not None:
+        flush()
     return transfer.delivered
 
 

@@ -75,7 +75,7 @@ def _send_cold(transfer: Transfer, src: File, dst: Socket, asked: int) -> _Step:
             return _step(err)
         return _sent(transfer, src, number, "bytes_copied")
     try:
-        ahead = min(transfer.room(src.left()) - asked, 2 * COLD_PIECE)
+        ahead = min(transfer.room(src.left()) - asked, COLD_PIECE)
         pipe.pending = pipes.BUSY
         filled = transfer.on_thread((src,), _fill, pipe, src.offset, asked, ahead)
         if isinstance(filled, OSError):

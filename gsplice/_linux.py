@@ -28,7 +28,7 @@ else:
 RWF_NOWAIT: Final[int] = getattr(os, "RWF_NOWAIT", 0)
 
 _PAGE: Final = os.sysconf("SC_PAGE_SIZE") if LINUX else 4096
-_CACHESTAT: Final = 451  # of all architectures but alpha
+_PROT_NONE, _MAP_SHARED = 0, 1
 
 __all__ = [
     "AF_UNIX",
@@ -38,9 +38,9 @@ __all__ = [
     "LINUX",
     "RWF_NOWAIT",
     "SPLICE_FLAGS",
-    "cached",
     "fcntl",
     "filesystem_type",
+    "in_core",
     "in_forked_child",
     "ioctl",
 ]
@@ -56,10 +56,11 @@ def in_forked_child(handler: Callable[[], Any]) -> None:
 def _libc() -> Any:
     import ctypes
 
-    libc = ctypes.CDLL(None, use_errno=True)
-    libc.syscall.argtypes = [ctypes.c_long, ctypes.c_uint, ctypes.c_void_p, ctypes.c_void_p]
-    libc.syscall.argtypes += [ctypes.c_uint]
-    libc.syscall.restype = ctypes.c_long
+    libc = ctypes.CDLL(None)
+    libc.mmap.restype = ctypes.c_void_p
+    libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
+    libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+    libc.mincore.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_char_p]
     return libc
 
 
@@ -74,17 +75,25 @@ def filesystem_type(fd: int) -> int | None:
         return None
 
 
-def cached(fd: int, offset: int, length: int) -> bool | None:
-    """Say whether all of that range is in the page cache; None if the kernel does not tell.
+def in_core(fd: int, offset: int, length: int) -> bool:
+    """Say whether all of that range is in the page cache and read: mmap(2) and mincore(2).
 
-    cachestat(2), Linux 6.5; since 6.14 it answers only for files that the user owns or may write.
+    False, too, where neither can tell. For a file that the user neither owns nor may write the
+    kernel calls every page resident (Linux 5.2): ask about one beyond the end first.
     """
     try:
         import ctypes
 
-        pages = (offset + length + _PAGE - 1) // _PAGE - offset // _PAGE
-        span, answer = (ctypes.c_uint64 * 2)(offset, length), (ctypes.c_uint64 * 5)()
-        done = _libc().syscall(_CACHESTAT, fd, span, answer, 0)
+        start = offset // _PAGE * _PAGE
+        pages = (offset + length - start + _PAGE - 1) // _PAGE
+        size = pages * _PAGE
+        address = _libc().mmap(None, size, _PROT_NONE, _MAP_SHARED, fd, start)
+        if address in (None, ctypes.c_void_p(-1).value):
+            return False
+        answer = ctypes.create_string_buffer(pages)
+        try:
+            return _libc().mincore(address, size, answer) == 0 and b"\0" not in answer.raw
+        finally:
+            _libc().munmap(address, size)
     except (ImportError, OSError, AttributeError):
-        return None
-    return bool(answer[0] >= pages) if done == 0 else None
+        return False

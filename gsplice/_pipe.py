@@ -32,7 +32,8 @@ alive: Final[dict[int, weakref.ref[Pipe] | None]] = {}
 #: How often each closed pipe had been acquired, until somebody adds it up.
 closed_uses: Final[deque[int]] = deque()
 
-_keys = itertools.count()
+#: The keys of :data:`alive`, each used once.
+keys: Final = itertools.count()
 
 
 class Pipe:
@@ -91,13 +92,15 @@ class Pipe:
         What the pipe still holds is lost. Raises nothing: close(2) releases the descriptor of a
         pipe whatever it returns.
         """
+        read_fd, write_fd = self.read_fd, self.write_fd
         if _forget(self._key, None) is None:
             return
-        read_fd, write_fd = self.read_fd, self.write_fd
-        self.read_fd = self.write_fd = self.pending = UNKNOWN
-        _closed_uses.append(self.uses)
-        _close(read_fd)
-        _close(write_fd)
+        try:
+            self.read_fd = self.write_fd = self.pending = UNKNOWN
+            _closed_uses.append(self.uses)
+            _close(read_fd)
+        finally:
+            _close(write_fd)
 
     __del__ = close
 
@@ -108,17 +111,16 @@ class Pipe:
         )
 
 
-def reserve(limit: int) -> int | None:
-    """Return the key of a pipe to be made, or None when *limit* are open. Called under a lock."""
+def reserve(key: int, limit: int) -> bool:
+    """Count *key* as a pipe to be made, unless *limit* are open. Called under a lock."""
     if len(alive) >= limit or not LINUX:
-        return None
-    key = next(_keys)
+        return False
     alive[key] = None
-    return key
+    return True
 
 
 def make(key: int, home: Home) -> Pipe | None:
-    """Open the pipe that *key* was reserved for; None, with the key given up, if there is none.
+    """Open the pipe that *key* was reserved for; None if there is none to be had.
 
     The kernel refuses with EMFILE, ENFILE or ENOMEM (pipe(2)), a sandbox with whatever it likes,
     and a user whose pipe room is used up gets two slots (pipe(7)), which are not worth having.
@@ -128,9 +130,6 @@ def make(key: int, home: Home) -> Pipe | None:
         pipe = Pipe(key, read_fd, write_fd)
     except OSError:
         return None
-    finally:
-        if alive.get(key) is None:
-            alive.pop(key, None)
     pipe.home = home
     sizes = (size for most, size in CAPACITY_STEPS if len(alive) <= most)
     wanted = min(settings.pipe_size, next(sizes, DEFAULT_CAPACITY))

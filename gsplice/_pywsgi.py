@@ -6,6 +6,8 @@ gevent.pywsgi is not imported from here: it imports ssl, which must wait until
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import sys
 from collections.abc import Callable
 from socket import IPPROTO_TCP
@@ -20,6 +22,9 @@ from .recognise import NotOurs, regular_file, stream_socket
 from .transfer import Transfer, move, read
 
 _TCP_CORK = 3  # tcp(7), Linux 2.2
+
+#: Errors of a read(2), not of a socket.
+_DISK_ERRORS = frozenset({errno.EIO, errno.ESTALE})
 
 #: Methods that a response goes through on its way to the socket: a handler that overrides one must
 #: see every byte.
@@ -217,8 +222,9 @@ class _FileResponse:
             if transfer.room(1):
                 self._send_rest(transfer)
         finally:
-            if tcp and not handler.socket.closed:
-                handler.socket.setsockopt(IPPROTO_TCP, _TCP_CORK, 0)
+            if tcp:
+                with contextlib.suppress(OSError):  # closed meanwhile
+                    handler.socket.setsockopt(IPPROTO_TCP, _TCP_CORK, 0)
         if transfer.room(1):
             handler.close_connection = True
 
@@ -227,7 +233,9 @@ class _FileResponse:
         before = transfer.delivered
         try:
             move(transfer, self._src, self._dst)
-        except (ConnectionError, TimeoutError) as err:
+        except OSError as err:
+            if err.errno in _DISK_ERRORS:
+                raise
             handler.status = f"socket error: {err}"
             if handler.code > 0:
                 handler.code = -handler.code

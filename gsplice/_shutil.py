@@ -12,7 +12,7 @@ from .transfer import Transfer, is_small, move
 
 __implements__ = ["copyfileobj"]
 
-_original = shutil.copyfileobj
+original = shutil.copyfileobj
 
 #: The largest *length* taken: the original reads pieces of that size into memory, and fails where
 #: it can't.
@@ -41,4 +41,4 @@ def copyfileobj(fsrc: Any, fdst: Any, length: int = 0) -> None:
             counters.fell_back("small")
         elif move(Transfer(), src, dst):
             return
-    _original(fsrc, fdst, length)
+    original(fsrc, fdst, length)

@@ -19,7 +19,7 @@ from .transfer import Transfer, file_to_socket, move
 
 __implements__ = ["sendfile", "_sendfile_use_sendfile"]
 
-_original = GeventSocket.sendfile
+original = GeventSocket.sendfile
 _GiveupOnSendfile: type[Exception] = stdlib_socket._GiveupOnSendfile  # type: ignore[attr-defined]
 
 
@@ -48,7 +48,7 @@ def _send(sock: Any, file: Any, offset: int, count: int | None, sent: int = 0) -
     except NotOurs as reason:
         counters.fell_back(reason.args[0])
         rest = count - sent if sent and count is not None else count
-        return sent + _original(sock, file, offset, rest)  # type: ignore[no-any-return]
+        return sent + original(sock, file, offset, rest)  # type: ignore[no-any-return]
     sock._check_sendfile_params(file, offset, count)
     if offset:
         src.obj.seek(offset)
@@ -71,6 +71,7 @@ def _send_small(sock: Any, file: Any, offset: int, count: int | None) -> int | N
         or sock.timeout == 0.0
         or sock._sock.type != SOCK_STREAM
         or type(offset) is not int
+        or offset < 0
         or not (count is None or (type(count) is int and count > 0))
     ):
         return None

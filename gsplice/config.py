@@ -62,13 +62,20 @@ PIECE: Final = 2 * MiB
 #: up to 100 KiB or so (benchmarks/file_to_socket.py), and nothing about them can surprise.
 SMALL: Final = 64 * KiB
 
-#: Most bytes of a file that a thread puts into a pipe, or reads, at once. The next as many are read
-#: ahead meanwhile. More makes the first byte, and whoever queues for the thread, wait longer.
+#: Most bytes of a file that a thread puts into a pipe at once, while as many more are read ahead.
+#: More makes the first byte, and whoever queues for the thread, wait longer.
 COLD_PIECE: Final = 512 * KiB
 
 #: What is known to be in the page cache is sampled at both ends of every so many bytes: a question
 #: costs 0.9 us, and sendfile(2) of this much takes 45 us.
 STRIDE: Final = 256 * KiB
+
+#: Beyond what the kernel, and the threads, read ahead of a reader.
+READ_AHEAD: Final = 4 * MiB
+
+#: How much goes by a thread without asking where the disk was met first; doubled each time, so that
+#: a file that is read from the disk from end to end is hardly ever asked about.
+COLD_STRETCH: Final = 4 * MiB
 
 #: Seconds for which an answer of the page cache is believed.
 BELIEVED: Final = 1.0

@@ -8,17 +8,24 @@ its back. What an object really is, :mod:`gsplice.recognise` finds out.
 
 from __future__ import annotations
 
+import errno
 import io
 import os
+import select
 from collections.abc import Callable
 from typing import Any
 
 from gevent import socket as gsocket
+from gevent.monkey import get_original
 
 from ._linux import ioctl
 from .residency import Residency
 
 _SIOCATMARK = 0x8905
+
+_get_ident: Callable[[], int] = get_original("_thread", "get_ident")
+# gevent's would let other greenlets run.
+_poll: Callable[[], Any] = get_original("select", "poll")
 
 
 class File:
@@ -135,7 +142,13 @@ class _Stream:
         if self.obj is self.raw:
             return b""
         # An empty buffer would read, and wait, to answer; nothing but this asks it what it has.
-        self.raw.readinto = _nothing_yet
+        read, ours = self.raw.readinto, _get_ident()
+
+        def nothing_yet(buffer: Any) -> Any:
+            # Answers as a raw file that is non-blocking and has nothing to read.
+            return None if _get_ident() == ours else read(buffer)
+
+        self.raw.readinto = nothing_yet
         try:
             data: bytes = self.obj.peek(1)
         finally:
@@ -218,7 +231,14 @@ class Pipe(_Stream):
 
     def write_some(self, data: memoryview) -> int:
         """Write part of *data*; say how much. Raises BlockingIOError when there is no room."""
-        return os.write(self.fileno(), data)
+        fd = self.fileno()
+        if isinstance(self.raw, io.FileIO):  # blocking: a full pipe would have the hub wait
+            poll = _poll()
+            poll.register(fd, select.POLLOUT)
+            if not poll.poll(0):
+                raise BlockingIOError(errno.EAGAIN, "pipe is full")
+            data = data[: select.PIPE_BUF]  # for so much there is room then (pipe(7))
+        return os.write(fd, data)
 
     def wait_read(self) -> None:
         """Wait until the pipe has bytes, or has lost its last writer."""
@@ -237,10 +257,6 @@ class Pipe(_Stream):
 
 
 Endpoint = File | Socket | Pipe
-
-
-def _nothing_yet(buffer: object) -> None:
-    """Answer as a raw file that is non-blocking and has nothing to read (io.RawIOBase.readinto)."""
 
 
 def _fileno(raw: Any) -> int:

@@ -128,6 +128,8 @@ def _patch(name: str) -> str | None:
         return _LATER
     if not gevent.monkey.patch_module(target, source):
         return "a subscriber to gevent's patching events forbade it"
+    if source in (_socket, _shutil):  # what there is to replace may be somebody's wrapper
+        source.original = gevent.monkey.get_original(target.__name__, source.__implements__[0])
     _patched[name] = target, source.__implements__
     return None
 
@@ -155,15 +157,17 @@ class _PywsgiWatcher:
         found = (finder.find_spec(fullname, path, target) for finder in others)
         spec = next(filter(None, found), None)
         if spec is not None and spec.loader is not None:
-            execute = spec.loader.exec_module
+            loader, execute = spec.loader, spec.loader.exec_module
 
             def execute_and_patch(module: ModuleType) -> None:
                 execute(module)
-                if self.is_waiting():
-                    self.stop()
-                    _patch("pywsgi")
+                if module.__name__ == _PYWSGI:  # a loader may serve several modules
+                    loader.exec_module = execute  # type: ignore[method-assign]
+                    if self.is_waiting():
+                        self.stop()
+                        _patch("pywsgi")
 
-            spec.loader.exec_module = execute_and_patch  # type: ignore[method-assign]
+            loader.exec_module = execute_and_patch  # type: ignore[method-assign]
         return spec
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
+import sys
 import weakref
 from collections.abc import Callable, Hashable
 from typing import Any, Final
@@ -37,8 +38,8 @@ def run(key: Hashable, fds: tuple[int, ...], job: Callable[..., Any], *args: Any
 
     Without a hub that could serve others meanwhile, or a descriptor left, the job is done here.
     """
-    hub = get_hub_if_exists()
-    if hub is None or hub is getcurrent():
+    hub = hub_to_serve()
+    if hub is None:
         return _outcome(job, fds, args)
     try:
         owned = [Descriptor(fd) for fd in fds]
@@ -93,6 +94,14 @@ def _owned_outcome(job: Callable[..., Any], owned: list[Descriptor], args: tuple
     finally:
         for descriptor in owned:
             descriptor.close()
+
+
+def hub_to_serve() -> Any:
+    """Return the hub that can run others while this greenlet waits; None if there is none."""
+    if sys.is_finalizing():  # there are no greenlets any more, and asking for one is an error
+        return None
+    hub = get_hub_if_exists()
+    return None if hub is getcurrent() else hub
 
 
 class Threads:

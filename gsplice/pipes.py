@@ -15,7 +15,7 @@ from gevent.monkey import get_original
 
 from ._idle import Home, Keeper, idle_lists, reclaim, shared
 from ._linux import in_forked_child
-from ._pipe import BUSY, IDLE, UNKNOWN, Pipe, alive, closed_uses, make, reserve
+from ._pipe import BUSY, IDLE, UNKNOWN, Pipe, alive, closed_uses, keys, make, reserve
 from ._stats import counters
 from .config import settings
 
@@ -92,17 +92,20 @@ def _acquire_shared() -> Pipe | None:
 
 
 def _acquire_new(home: Home) -> Pipe | None:
-    with _lock:
-        key = reserve(settings.max_pipes)
-        if key is None:
-            return None
-        _counts["acquired_new"] += 1
-        _add_up_closed()
-    pipe = make(key, home)
-    if pipe is None:
+    key = next(keys)
+    try:
         with _lock:
-            _counts["acquired_new"] -= 1
-    return pipe
+            if not reserve(key, settings.max_pipes):
+                return None
+            _add_up_closed()
+        pipe = make(key, home)
+        if pipe is not None:
+            with _lock:
+                _counts["acquired_new"] += 1
+        return pipe
+    finally:  # a signal handler may have raised on any line
+        if alive.get(key) is None:
+            alive.pop(key, None)
 
 
 def _release_elsewhere(pipe: Pipe) -> None:

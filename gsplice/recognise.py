@@ -17,12 +17,11 @@ import sys
 from socket import AF_INET, AF_INET6, SOCK_STREAM
 from typing import Any, Final
 
-from gevent._hub_local import get_hub_if_exists
 from gevent.socket import socket as GeventSocket
-from greenlet import getcurrent
 
 from ._linux import AF_UNIX, F_GETFL, LINUX, fcntl
 from .endpoints import Endpoint, File, Pipe, Socket
+from .offload import hub_to_serve
 
 SocketIO: Any = stdlib_socket.SocketIO  # with its private attributes
 
@@ -110,9 +109,22 @@ def sink(obj: Any) -> Endpoint:
     if not buffer.writable():
         raise NotOurs("destination_type")
     end = _endpoint(buffer, raw, "destination_type")
-    if type(end) is File and fcntl(end.fileno(), F_GETFL) & os.O_APPEND:
-        raise NotOurs("append")  # splice(2): EINVAL
+    if type(end) is File:
+        _check_sink(end.fileno())
     return end
+
+
+def _check_sink(fd: int) -> None:
+    """Pass if nobody else is likely to write where this regular file stands.
+
+    write(2) does so under a lock that copy_file_range(2) and splice(2) do not take.
+    """
+    if fd <= 2:  # child processes write to it as well
+        raise NotOurs("standard_stream")
+    if hub_to_serve() is None:  # a thread among others
+        raise NotOurs("other_hub")
+    if fcntl(fd, F_GETFL) & os.O_APPEND:
+        raise NotOurs("append")  # splice(2): EINVAL
 
 
 def different_files(src: Endpoint, dst: Endpoint) -> None:
@@ -202,21 +214,19 @@ def _endpoint(buffer: Any, raw: Any, reason: str) -> Endpoint:
     except OSError:
         raise NotOurs("closed") from None  # behind the object's back
     if stat.S_ISREG(status.st_mode):
+        try:
+            os.lseek(raw.fileno(), 0, os.SEEK_CUR)
+        except OSError:  # one of the kernel's own that is read like a pipe
+            raise NotOurs(reason) from None
         return File(buffer, raw, status)
     if not stat.S_ISFIFO(status.st_mode):
         raise NotOurs(reason)
-    hub = _own_hub()
+    hub = hub_to_serve()
     if hub is None or getattr(raw, "hub", hub) is not hub:
         raise NotOurs("other_hub")
     if isinstance(raw, io.FileIO) and fcntl(raw.fileno(), F_GETFL) & os.O_NONBLOCK:
         raise NotOurs("nonblocking")  # its read() answers None where a pipe is waited for
     return Pipe(buffer, raw)
-
-
-def _own_hub() -> Any:
-    """Return the hub that this greenlet can wait on: None without one, and inside the hub."""
-    hub = get_hub_if_exists()
-    return None if hub is getcurrent() else hub
 
 
 def _check_socket(sock: Any) -> None:
@@ -231,7 +241,7 @@ def _check_socket(sock: Any) -> None:
         raise NotOurs("socket_type")  # splice(2) would lose the boundaries of messages
     if sock.timeout == 0.0:
         raise NotOurs("nonblocking")
-    if sock.hub is not _own_hub():
+    if sock.hub is not hub_to_serve():
         raise NotOurs("other_hub")
     if not fcntl(fileno, F_GETFL) & os.O_NONBLOCK:
         raise NotOurs("blocking")  # it would block in spite of SPLICE_F_NONBLOCK

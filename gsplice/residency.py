@@ -1,13 +1,16 @@
 """Is this range of the file in the page cache? If not, reading it would have the hub wait.
 
-Three ways to know, the first that answers for a file is used for it:
+The first of these that has an answer for a file is asked:
 
-- preadv2(2) with ``RWF_NOWAIT`` reads a byte or fails with EAGAIN (ext4, xfs, btrfs). A page at
-  each end of every ``STRIDE`` bytes is asked for; all would cost as much as the transfer.
+- preadv2(2) with ``RWF_NOWAIT`` reads a byte or fails with EAGAIN (ext4, xfs, btrfs). It is tried
+  at both ends of every ``STRIDE`` bytes: all pages would cost as much as the transfer.
 - The type of the filesystem (statfs(2)): in memory there is nothing to wait for.
-- cachestat(2) counts the pages of a range (FUSE, NFS, CIFS).
+- mincore(2) knows each page of a range (FUSE, NFS, CIFS), for those who own the file or may write
+  it. cachestat(2) would cost half as much, but counts pages that are still being read as well: of
+  two clients that want the same file, the second would wait for the first one's disk.
 
-Where none of them answers, a file counts as not resident.
+Where there is no answer, a file counts as not resident. Where a range was not, more of it goes by a
+thread without asking, as what the kernel reads ahead is soon resident in part.
 """
 
 from __future__ import annotations
@@ -17,8 +20,8 @@ import time
 from collections.abc import Callable
 from typing import Final
 
-from ._linux import RWF_NOWAIT, cached, filesystem_type
-from .config import BELIEVED, BIG_WRITE, STRIDE, settings
+from ._linux import RWF_NOWAIT, filesystem_type, in_core
+from .config import BELIEVED, BIG_WRITE, COLD_STRETCH, READ_AHEAD, STRIDE, settings
 
 #: ``f_type`` of what lives in memory: tmpfs, ramfs, hugetlbfs, proc, sysfs, cgroup, cgroup2.
 _IN_MEMORY: Final = frozenset(
@@ -37,13 +40,16 @@ _ONE_BYTE: Final = (bytearray(1),)
 class Residency:
     """What is known of one file in the course of one transfer."""
 
-    __slots__ = ("_ask", "_asked", "_begin", "_end", "_filesystem")
+    __slots__ = ("_ask", "_asked", "_begin", "_cold", "_end", "_filesystem", "_stretch")
 
     def __init__(self) -> None:
         self._ask: Callable[[int, int, int], int] | None = None
         #: Bytes from _begin to _end are resident, said the page cache at the time _asked.
         self._begin = self._end = 0
         self._asked = 0.0
+        #: Up to where nobody asks, and how far that goes the next time that something is not.
+        self._cold = 0
+        self._stretch = COLD_STRETCH
         self._filesystem: int | None = -1
 
     def ready(self, fd: int, offset: int, most: int) -> int:
@@ -53,12 +59,17 @@ class Residency:
         """
         if self._ask is None:
             self._ask = self._choose(fd, offset)
+        if offset < self._cold:
+            return 0
         now = time.monotonic()
         if not self._begin <= offset <= self._end or now - self._asked > BELIEVED:
             self._begin = self._end = offset
         if self._end - offset < min(most, STRIDE):
             self._end = self._ask(fd, self._end, offset + most)
             self._asked = now
+            if self._end == offset:
+                self._cold = offset + self._stretch
+                self._stretch *= 2
         return min(self._end - offset, most)
 
     def read(self, fd: int, offset: int, size: int) -> bytes | None:
@@ -94,7 +105,8 @@ class Residency:
         self._filesystem = filesystem_type(fd)
         if self._filesystem in _IN_MEMORY:
             return _all
-        return _none if cached(fd, 0, 1) is None else _count
+        beyond = os.fstat(fd).st_size + STRIDE
+        return _none if in_core(fd, beyond, 1) else _look
 
 
 def read_resident(fd: int, offset: int, size: int) -> bytes | None:
@@ -119,10 +131,14 @@ def _none(fd: int, offset: int, end: int) -> int:
 
 
 def _probe(fd: int, offset: int, end: int) -> int:
-    """Return up to where the pages at the ends of the strides from *offset* on are resident."""
+    """Return up to where the pages at the ends of the strides from *offset* on are resident.
+
+    Nowhere, if the kernel may only just have read them ahead of somebody.
+    """
     try:
         if os.preadv(fd, _ONE_BYTE, offset, RWF_NOWAIT) == 0:
             return offset
+        os.preadv(fd, _ONE_BYTE, end + READ_AHEAD, RWF_NOWAIT)
         while offset < end:
             following = min(offset + STRIDE, end)
             if os.preadv(fd, _ONE_BYTE, following - 1, RWF_NOWAIT) == 0:
@@ -133,5 +149,5 @@ def _probe(fd: int, offset: int, end: int) -> int:
     return offset
 
 
-def _count(fd: int, offset: int, end: int) -> int:
-    return end if cached(fd, offset, end - offset) else offset
+def _look(fd: int, offset: int, end: int) -> int:
+    return end if in_core(fd, offset, end - offset) else offset

@@ -232,6 +232,50 @@ assert gsplice.pipes.acquire() is None
 """)
 
 
+def test_a_wrapper_that_is_there_before_us_is_what_the_rest_goes_to() -> None:
+    run("""
+import io, shutil, gevent.socket, gsplice
+called = []
+def wrapped(original):
+    def wrapper(*args):
+        called.append(original.__name__)
+        return original(*args)
+    return wrapper
+shutil.copyfileobj = wrapped(shutil.copyfileobj)
+gevent.socket.socket.sendfile = wrapped(gevent.socket.socket.sendfile)
+gsplice.patch_all()
+a, b = gevent.socket.socketpair()
+with a, b:
+    a.sendfile(io.BytesIO(b"one"))
+    shutil.copyfileobj(io.BytesIO(b"two"), io.BytesIO())
+assert called == ["sendfile", "copyfileobj"]
+""")
+
+
+def test_a_loader_may_serve_several_modules() -> None:
+    run("""
+import importlib.machinery, sys
+import gevent.monkey, gsplice
+class OneForAll:
+    loaders = {}
+    def find_spec(self, name, path=None, target=None):
+        spec = importlib.machinery.PathFinder.find_spec(name, path, target)
+        if spec is None or not isinstance(spec.loader, importlib.machinery.SourceFileLoader):
+            return None
+        self.loaders[name], spec.loader = spec.loader, self
+        return spec
+    def create_module(self, spec):
+        return None
+    def exec_module(self, module):
+        self.loaders[module.__name__].exec_module(module)
+sys.meta_path.insert(0, OneForAll())
+gsplice.patch_all()
+sys.modules.pop("html", None)
+import gevent.pywsgi
+assert not gsplice.patch_all().not_patched
+""")
+
+
 def test_settings_come_from_the_environment() -> None:
     assert (
         run(

@@ -989,7 +989,7 @@ assert balanced().pipes_in_use == 0
 INTERRUPTIONS = {
     "a cycle with a pipe is collected": """
 def interrupt():
-    pipe = pipes.Pipe(next(_pipe._keys), *os.pipe())
+    pipe = pipes.Pipe(next(_pipe.keys), *os.pipe())
     pipe.uses = 0
     cycle = [pipe]; cycle.append(cycle)
     del pipe, cycle
@@ -1003,7 +1003,7 @@ def interrupt():
 """,
     "a pipe is dropped": """
 def interrupt():
-    pipe = pipes.Pipe(next(_pipe._keys), *os.pipe())
+    pipe = pipes.Pipe(next(_pipe.keys), *os.pipe())
     pipe.uses = 0
 """,
     "another thread takes and leaves": """
@@ -1029,6 +1029,38 @@ def test_no_line_minds_being_interrupted(what: str, most: int) -> None:
         GSPLICE_MAX_IDLE_HUB=2,
         GSPLICE_MAX_IDLE=2,
         GSPLICE_MAX_PIPES=most,
+    )
+
+
+def test_no_line_minds_an_exception_from_a_signal_handler() -> None:
+    """A time limit by SIGALRM may end a transfer anywhere: the pool is no smaller after it."""
+    run_program(
+        PROGRAM
+        + """
+class Stop(BaseException):
+    pass
+def interrupt():
+    names = set()
+    frame = sys._getframe()
+    while frame:
+        names.add(frame.f_code.co_name)
+        frame = frame.f_back
+    # Leaving a with block is Python's to protect; what finalizers raise, it prints.
+    if not pipes._lock._is_owned() and not names & {'__init__', 'close', '__del__', 'reclaim'}:
+        raise Stop
+"""
+        + AT_EACH_LINE.replace(
+            "        except Exception as err:",
+            "        except Stop:\n            pass\n        except Exception as err:",
+        ).replace("'hand_over', ", "")
+        + """
+for _ in range(3):
+    gc.collect()
+assert len(_pipe.alive) == gsplice.stats().pipes_idle
+""",
+        GSPLICE_MAX_IDLE_HUB=2,
+        GSPLICE_MAX_IDLE=2,
+        GSPLICE_MAX_PIPES=6,
     )
 
 

@@ -426,7 +426,8 @@ def test_a_socket_of_another_threads_hub_is_not_taken(bench):
     assert role(stream_socket, sock) == SOCKET
 
 
-def test_a_thread_without_a_hub_copies_files_and_gets_no_hub(bench):
+def test_a_thread_without_a_hub_leaves_files_to_the_original_and_gets_no_hub(bench):
+    """Several threads may write to one file: only write(2) takes the lock of its position."""
     src, dst = bench.path(BIG), bench.path()
 
     def copy() -> Any:
@@ -437,8 +438,7 @@ def test_a_thread_without_a_hub_copies_files_and_gets_no_hub(bench):
     with counting() as grown:
         assert in_a_thread(copy) is None
     assert dst.read_bytes() == BIG
-    assert grown.bytes_copy_file_range + grown.bytes_sendfile == len(BIG)
-    assert grown.fallbacks == {}
+    assert grown.fallbacks == {"other_hub": 1}
 
 
 def test_a_thread_without_a_hub_leaves_pipes_to_the_original(bench):
