@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import sys
-from collections.abc import Callable
 from socket import IPPROTO_TCP
 from types import SimpleNamespace
 from typing import Any
@@ -83,11 +82,11 @@ class FileWrapper:
 
 def replacements(handler_class: Any) -> SimpleNamespace:
     """Return the replacements for the methods of *handler_class*, ``gevent.pywsgi.WSGIHandler``."""
-    original_get_environ: Callable[[Any], dict[str, Any]] = handler_class.get_environ
-    original_process_result: Callable[[Any], None] = handler_class.process_result
+    names = ["get_environ", "process_result"]
+    originals: dict[str, Any] = {name: getattr(handler_class, name) for name in names}
 
     def get_environ(self: Any) -> dict[str, Any]:
-        environ = original_get_environ(self)
+        environ: dict[str, Any] = originals["get_environ"](self)
         environ.setdefault("wsgi.file_wrapper", FileWrapper)
         return environ
 
@@ -109,14 +108,15 @@ def replacements(handler_class: Any) -> SimpleNamespace:
             else:
                 response.send()
                 return
-        original_process_result(self)
+        originals["process_result"](self)
 
     for replacement in (get_environ, process_result):
         original = getattr(handler_class, replacement.__name__)
         replacement.__doc__ = original.__doc__
         replacement.__qualname__ = original.__qualname__
     return SimpleNamespace(
-        __implements__=["get_environ", "process_result"],
+        __implements__=names,
+        originals=originals,
         get_environ=get_environ,
         process_result=process_result,
     )

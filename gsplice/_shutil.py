@@ -1,18 +1,33 @@
-"""The replacement for ``shutil.copyfileobj``."""
+"""The replacements for ``shutil.copyfileobj``, and for what ``copyfile`` and its like build on."""
 
 from __future__ import annotations
 
+import os
 import shutil
 from typing import Any, Final
 
 from ._stats import counters
 from .endpoints import File
-from .recognise import NotOurs, different_files, sink, source
+from .recognise import NotOurs, different_files, regular_file, sink, source
 from .transfer import Transfer, is_small, move
 
-__implements__ = ["copyfileobj"]
+#: What ``copyfile``, and so ``copy``, ``copy2``, ``copytree`` and ``move``, call for the contents:
+#: the first since CPython 3.8, the second in the versions that have it.
+_FAST_COPIES: Final = [
+    name for name in ("_fastcopy_sendfile", "_fastcopy_copy_file_range") if hasattr(shutil, name)
+]
 
-original = shutil.copyfileobj
+__implements__ = ["copyfileobj", *_FAST_COPIES]
+
+#: What was there before this was patched in.
+originals: Final[dict[str, Any]] = {name: getattr(shutil, name) for name in __implements__}
+
+#: What the originals call. Whoever has replaced one of these wants it to be called.
+_calls: Final = {
+    name: getattr(os, name)
+    for name in ("fstat", "sendfile", "copy_file_range")
+    if hasattr(os, name)
+}
 
 #: The largest *length* taken: the original reads pieces of that size into memory, and fails where
 #: it can't.
@@ -41,4 +56,33 @@ def copyfileobj(fsrc: Any, fdst: Any, length: int = 0) -> None:
             counters.fell_back("small")
         elif move(Transfer(), src, dst):
             return
-    original(fsrc, fdst, length)
+    originals["copyfileobj"](fsrc, fdst, length)
+
+
+def _fast_copy(name: str) -> Any:
+    def fast_copy(fsrc: Any, fdst: Any) -> None:
+        try:
+            if any(getattr(os, call) is not function for call, function in _calls.items()):
+                raise NotOurs("replaced")
+            src, dst = regular_file(fsrc), sink(fdst)
+            if not isinstance(dst, File):
+                raise NotOurs("destination_type")
+            different_files(src, dst)
+            if is_small(src):
+                raise NotOurs("small")
+        except NotOurs as reason:
+            counters.fell_back(reason.args[0])
+            originals[name](fsrc, fdst)
+            return
+        try:
+            move(Transfer(), src, dst)
+        except OSError as err:
+            err.filename, err.filename2 = fsrc.name, fdst.name
+            raise
+
+    fast_copy.__name__ = fast_copy.__qualname__ = name
+    fast_copy.__doc__ = originals[name].__doc__
+    return fast_copy
+
+
+globals().update({name: _fast_copy(name) for name in _FAST_COPIES})

@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import os
 import socket as stdlib_socket
-import stat
 from io import BufferedReader, FileIO
 from socket import SOCK_STREAM
-from typing import Any
+from typing import Any, Final
 
 from gevent.socket import socket as GeventSocket
 
+from ._linux import RWF_NOWAIT
 from ._stats import counters
-from .config import SMALL
+from .config import TINY, settings
 from .recognise import NotOurs, overrides_nothing, regular_file, stream_socket
-from .residency import read_resident
 from .transfer import Transfer, file_to_socket, move
 
 __implements__ = ["sendfile", "_sendfile_use_sendfile"]
 
-original = GeventSocket.sendfile
+#: What was there before this was patched in.
+originals: Final[dict[str, Any]] = {name: getattr(GeventSocket, name) for name in __implements__}
+
+#: For :func:`_send_small`, which takes one out while it has bytes in it.
+_buffers: Final[list[bytearray]] = []
+_ONE_BYTE: Final = (bytearray(1),)
+
 _GiveupOnSendfile: type[Exception] = stdlib_socket._GiveupOnSendfile  # type: ignore[attr-defined]
 
 
@@ -48,7 +53,7 @@ def _send(sock: Any, file: Any, offset: int, count: int | None, sent: int = 0) -
     except NotOurs as reason:
         counters.fell_back(reason.args[0])
         rest = count - sent if sent and count is not None else count
-        return sent + original(sock, file, offset, rest)  # type: ignore[no-any-return]
+        return sent + originals["sendfile"](sock, file, offset, rest)  # type: ignore[no-any-return]
     sock._check_sendfile_params(file, offset, count)
     if offset:
         src.obj.seek(offset)
@@ -58,16 +63,18 @@ def _send(sock: Any, file: Any, offset: int, count: int | None, sent: int = 0) -
 
 
 def _send_small(sock: Any, file: Any, offset: int, count: int | None) -> int | None:
-    """Send all of a small file by one read and one send, as fast as gevent's own sendfile.
+    """Send all of a small resident file by two reads and one send, as fast as gevent's sendfile.
 
     Without this short cut a file of a few KiB takes twice as long, most of it to recognise the two
     ends (benchmarks/file_to_socket.py). None: it is not that simple, and nothing has moved.
-    Lets out the errors of send(), with the file where it was.
+    Lets out the errors of send(), with the file where sending was to begin.
     """
     if (
         type(sock) is not GeventSocket
         or type(file) is not BufferedReader
-        or not overrides_nothing(file)
+        or not RWF_NOWAIT
+        or settings.offload == "always"
+        or (file.__dict__ and not overrides_nothing(file))
         or sock.timeout == 0.0
         or sock._sock.type != SOCK_STREAM
         or type(offset) is not int
@@ -79,33 +86,32 @@ def _send_small(sock: Any, file: Any, offset: int, count: int | None) -> int | N
     if type(raw) is not FileIO or raw.closed or not overrides_nothing(raw):
         return None
     fd = raw.fileno()
-    status = os.fstat(fd)
-    if not stat.S_ISREG(status.st_mode):
-        return None
-    position = offset or file.tell()
-    left = status.st_size - position
-    if count is not None and count < left:
-        left = count
-    if not 0 < left <= SMALL:
-        return None
-    if os.lseek(fd, 0, os.SEEK_CUR) != (file.tell() if offset else position):
-        return None  # there is something in its buffer
+    buffer = _buffers.pop() if _buffers else bytearray(TINY + 1)
     try:
-        data = read_resident(fd, position, left)
-    except OSError:
-        return None
-    if not data:
-        return None
-    sent = 0
-    try:
-        sent = sock._sock.send(data)
-    except BlockingIOError:
-        pass
+        try:
+            stands = file.tell()
+            if os.lseek(fd, 0, os.SEEK_CUR) != stands:
+                return None  # there is something in its buffer
+            position = offset or stands
+            number = os.preadv(fd, (buffer,), position, RWF_NOWAIT)
+            if count is not None and count <= number:
+                number = count
+            elif not 0 < number <= TINY or os.preadv(fd, _ONE_BYTE, position + number, RWF_NOWAIT):
+                return None  # it is not at its end after so little
+        except OSError:  # not resident, or not a file that can tell
+            return None
+        try:
+            sent: int = sock._sock.send(memoryview(buffer)[:number])
+        except BlockingIOError:
+            return None
+        except BaseException:
+            file.seek(position)
+            raise
     finally:
-        file.seek(position + sent)
-    if sent:
-        counters.add_transfer("bytes_copied", sent)
-    return sent if sent == len(data) else _send(sock, file, position + sent, count, sent)
+        _buffers.append(buffer)
+    file.seek(position + sent)
+    counters.add_transfer("bytes_copied", sent)
+    return sent if sent == number else _send(sock, file, position + sent, count, sent)
 
 
 def _sendfile_use_sendfile(self: Any, file: Any, offset: int = 0, count: int | None = None) -> int:

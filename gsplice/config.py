@@ -62,6 +62,9 @@ PIECE: Final = 2 * MiB
 #: up to 100 KiB or so (benchmarks/file_to_socket.py), and nothing about them can surprise.
 SMALL: Final = 64 * KiB
 
+#: sendfile() reads so much without asking first how big the file is.
+TINY: Final = 16 * KiB
+
 #: Most bytes of a file that a thread puts into a pipe at once, while as many more are read ahead.
 #: More makes the first byte, and whoever queues for the thread, wait longer.
 COLD_PIECE: Final = 512 * KiB
@@ -83,9 +86,6 @@ BELIEVED: Final = 1.0
 #: A piece of more than this is written to a disk on a thread. The kernel makes a writer wait, up to
 #: 200 ms, when too much is dirty, and looks once in 128 KiB or so (balance_dirty_pages()).
 BIG_WRITE: Final = 64 * KiB
-
-#: Seconds after which an idle thread ends.
-THREAD_IDLE: Final = 10
 
 OFFLOAD_POLICIES: Final = ("auto", "never", "always")
 

@@ -49,7 +49,8 @@ class PatchResult:
 def patch_all(*, socket: bool = True, shutil: bool = True, pywsgi: bool = True) -> PatchResult:
     """Replace the names that gsplice has a faster way for; say which, and why not the others.
 
-    *socket*: ``sendfile`` of gevent's socket class. *shutil*: ``shutil.copyfileobj``. *pywsgi*:
+    *socket*: ``sendfile`` of gevent's socket class. *shutil*: ``shutil.copyfileobj``, and
+    what the functions of shutil that copy whole files use. *pywsgi*:
     ``wsgi.file_wrapper`` and file responses of ``gevent.pywsgi``, as soon as that is imported.
 
     Call it at startup, before or after ``gevent.monkey.patch_all()``; calling it again patches only
@@ -90,7 +91,7 @@ def unpatch_all() -> None:
 
 _NAMES: Final = {
     "socket": ("socket.sendfile", "socket._sendfile_use_sendfile"),
-    "shutil": ("shutil.copyfileobj",),
+    "shutil": tuple(f"shutil.{name}" for name in _shutil.__implements__),
     "pywsgi": ("pywsgi.WSGIHandler.get_environ", "pywsgi.WSGIHandler.process_result"),
 }
 
@@ -128,8 +129,8 @@ def _patch(name: str) -> str | None:
         return _LATER
     if not gevent.monkey.patch_module(target, source):
         return "a subscriber to gevent's patching events forbade it"
-    if source in (_socket, _shutil):  # what there is to replace may be somebody's wrapper
-        source.original = gevent.monkey.get_original(target.__name__, source.__implements__[0])
+    # What was there may have been somebody's wrapper.
+    source.originals.update(gevent.monkey.saved[target.__name__])
     _patched[name] = target, source.__implements__
     return None
 

@@ -20,7 +20,7 @@ from greenlet import getcurrent
 
 from ._linux import in_forked_child
 from ._stats import counters
-from .config import THREAD_IDLE, settings
+from .config import settings
 
 _close: Callable[[int], None] = get_original("os", "close")
 
@@ -110,9 +110,11 @@ class Threads:
     __slots__ = ("_lanes", "_pool", "waiting")
 
     def __init__(self, hub: Any) -> None:
+        from gevent import config
         from gevent.threadpool import ThreadPool  # which imports concurrent.futures
 
-        self._pool = ThreadPool(settings.threads, hub=hub, idle_task_timeout=THREAD_IDLE)
+        idle = config.threadpool_idle_task_timeout
+        self._pool = ThreadPool(settings.threads, hub=hub, idle_task_timeout=idle)
         self._lanes: weakref.WeakValueDictionary[Hashable, Semaphore] = (
             weakref.WeakValueDictionary()
         )

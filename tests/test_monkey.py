@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 
@@ -21,6 +22,11 @@ def run(program: str, **environ: str) -> str:
     assert done.returncode == 0
     return done.stdout
 
+
+#: What copyfile() calls, by the version of Python.
+FAST_COPIES = [
+    name for name in ("_fastcopy_sendfile", "_fastcopy_copy_file_range") if hasattr(shutil, name)
+]
 
 STRACE = ("strace", "-f", "-qq", "-o", "/dev/null", "-e")
 
@@ -62,13 +68,16 @@ def test_gevents_queries_tell_the_truth_and_unpatching_restores_them() -> None:
     run("""
 import gevent.monkey, gevent.pywsgi, shutil
 from gevent._socket3 import socket
-names = [(shutil, "copyfileobj"), (socket, "sendfile"), (socket, "_sendfile_use_sendfile"),
+fast = [name for name in vars(shutil) if name.startswith("_fastcopy_") and "fcopyfile" not in name]
+assert fast
+names = [*((shutil, name) for name in ["copyfileobj", *fast]),
+         (socket, "sendfile"), (socket, "_sendfile_use_sendfile"),
          (gevent.pywsgi.WSGIHandler, "get_environ"), (gevent.pywsgi.WSGIHandler, "process_result")]
 before = [getattr(owner, name) for owner, name in names]
 saved = {module: dict(items) for module, items in gevent.monkey.saved.items()}
 import gsplice
 for round in range(2):
-    assert len(gsplice.patch_all().patched) == 5
+    assert len(gsplice.patch_all().patched) == len(names)
     for (owner, name), original in zip(names, before):
         where = owner.__name__ if owner is shutil else f"{owner.__module__}.{owner.__name__}"
         assert getattr(owner, name) is not original
@@ -95,12 +104,14 @@ print(gsplice.patch_all(socket=False, shutil=False, pywsgi=False))
 """).splitlines() == [
         "True ('socket.sendfile', 'socket._sendfile_use_sendfile')",
         "shutil.copyfileobj -- not asked for",
+        *(f"shutil.{name} -- not asked for" for name in FAST_COPIES),
         "pywsgi.WSGIHandler.get_environ -- will be when gevent.pywsgi is imported",
         "pywsgi.WSGIHandler.process_result -- will be when gevent.pywsgi is imported",
         "True True",
         "patched: nothing; not patched: socket.sendfile (not asked for), "
         "socket._sendfile_use_sendfile (not asked for), shutil.copyfileobj (not asked for), "
-        "pywsgi.WSGIHandler.get_environ (not asked for), "
+        + "".join(f"shutil.{name} (not asked for), " for name in FAST_COPIES)
+        + "pywsgi.WSGIHandler.get_environ (not asked for), "
         "pywsgi.WSGIHandler.process_result (not asked for)",
     ]
 
@@ -112,7 +123,7 @@ gsplice.patch_all()
 assert "gevent.pywsgi" not in sys.modules and "ssl" not in sys.modules
 import gevent.pywsgi
 assert gevent.monkey.is_object_patched("gevent.pywsgi.WSGIHandler", "process_result")
-assert len(gsplice.patch_all().patched) == 5
+assert not gsplice.patch_all().not_patched
 """)
 
 
