@@ -22,7 +22,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import gevent
 import gevent.socket
@@ -35,6 +35,10 @@ class Sample(NamedTuple):
 
     elapsed: float
     cpu: float
+
+
+#: A sample: a named tuple of numbers.
+S = TypeVar("S", bound=tuple[float, ...])
 
 
 @contextlib.contextmanager
@@ -55,25 +59,32 @@ def timed(work: Callable[[], object]) -> Sample:
     return Sample(time.perf_counter() - start, time.process_time() - cpu)
 
 
-def alternate(
-    sides: Mapping[str, Callable[[], Sample]], rounds: int, warm_up: int = 1
-) -> dict[str, Sample]:
-    """Measure each side once a round, in an order that turns round; return the medians by side.
+def in_turns(
+    sides: Mapping[str, Callable[[], S]], rounds: int, warm_up: int = 1
+) -> dict[str, list[S]]:
+    """Measure each side once a round, in an order that turns round; return what each gave.
 
     Times of different minutes cannot be compared on a machine that has other things to do, so all
     sides share every minute.
     """
-    samples: dict[str, list[Sample]] = {name: [] for name in sides}
+    samples: dict[str, list[S]] = {name: [] for name in sides}
     with no_collections():
         for number in range(warm_up + rounds):
             for name in sides if number % 2 else reversed(sides):
                 sample = sides[name]()
                 if number >= warm_up:
                     samples[name].append(sample)
-    return {
-        name: Sample(*map(statistics.median, zip(*several, strict=True)))
-        for name, several in samples.items()
-    }
+    return samples
+
+
+def medians(samples: Sequence[S]) -> S:
+    """Return the median of each field."""
+    return type(samples[0])(*map(statistics.median, zip(*samples, strict=True)))
+
+
+def alternate(sides: Mapping[str, Callable[[], S]], rounds: int, warm_up: int = 1) -> dict[str, S]:
+    """Measure the sides in turns; return the medians by side."""
+    return {name: medians(several) for name, several in in_turns(sides, rounds, warm_up).items()}
 
 
 @contextlib.contextmanager

@@ -76,8 +76,8 @@ def _send_cold(transfer: Transfer, src: File, dst: Socket, asked: int) -> _Step:
         return _sent(transfer, src, number, "bytes_copied")
     try:
         ahead = min(transfer.room(src.left()) - asked, COLD_PIECE)
-        pipe.pending = pipes.BUSY
-        filled = transfer.on_thread((src,), _fill, pipe, src.offset, asked, ahead)
+        pipe.pending = pipes.UNKNOWN
+        filled = transfer.on_thread((src,), _fill, pipe, src.offset, asked, ahead, loan=pipe)
         if isinstance(filled, OSError):
             return _step(filled)
         step = _Step.ENDED
@@ -163,6 +163,8 @@ def _by_copy_file_range(transfer: Transfer, src: File, dst: File, asked: int) ->
 
 
 def _copy_range(src_fd: int, dst_fd: int, position: int, offset: int, asked: int) -> int:
+    """Copy at most *asked* bytes from *offset* to *position*, and have as many more read."""
+    os.posix_fadvise(src_fd, offset + asked, asked, os.POSIX_FADV_WILLNEED)
     return os.copy_file_range(src_fd, dst_fd, asked, offset_src=offset, offset_dst=position)
 
 
@@ -172,8 +174,10 @@ def _by_splice(transfer: Transfer, src: File, dst: File, asked: int) -> int | OS
     if pipe is None:
         return None
     try:
-        pipe.pending = pipes.BUSY
-        return into_file(transfer, dst, asked, (src,), _splice_range, src.offset, asked, pipe)
+        pipe.pending = pipes.UNKNOWN
+        return into_file(
+            transfer, dst, asked, (src,), _splice_range, src.offset, asked, pipe, loan=pipe
+        )
     finally:
         pipes.release(pipe)
 

@@ -18,10 +18,11 @@ LINUX: Final = sys.platform == "linux"
 if sys.platform == "linux":
     from fcntl import F_GETFL, F_GETPIPE_SZ, F_SETPIPE_SZ, fcntl, ioctl
     from socket import AF_UNIX
+    from termios import FIONREAD
 
     SPLICE_FLAGS: Final = os.SPLICE_F_MOVE | os.SPLICE_F_NONBLOCK
 else:
-    F_GETFL = F_GETPIPE_SZ = F_SETPIPE_SZ = SPLICE_FLAGS = 0
+    F_GETFL = F_GETPIPE_SZ = F_SETPIPE_SZ = FIONREAD = SPLICE_FLAGS = 0
     AF_UNIX = fcntl = ioctl = None
 
 #: preadv(2), Linux 4.14: fail with EAGAIN instead of waiting for a disk.
@@ -32,6 +33,7 @@ _PROT_NONE, _MAP_SHARED = 0, 1
 
 __all__ = [
     "AF_UNIX",
+    "FIONREAD",
     "F_GETFL",
     "F_GETPIPE_SZ",
     "F_SETPIPE_SZ",

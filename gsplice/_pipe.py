@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 #: Values of :attr:`Pipe.pending` that are no number of bytes.
 UNKNOWN: Final = -1
 IDLE: Final = -2
-BUSY: Final = -3
 
 # gevent's version defers the close to the hub. Bound as defaults below, for finalizers that run
 # while the interpreter takes the module apart.
@@ -48,6 +47,7 @@ class Pipe:
         "_key",
         "capacity",
         "home",
+        "lent",
         "pending",
         "read_fd",
         "seen",
@@ -62,11 +62,12 @@ class Pipe:
     #: takes a slot per segment: a full pipe may hold less or more.
     capacity: int
     #: Bytes known to be inside. 0 also means that the pipe may go back to the pool; UNKNOWN that a
-    #: fill is under way or was interrupted, or that the pipe is closed; IDLE that the pool has it;
-    #: BUSY that a thread is at work on it, and sets this as the last thing that it does with it.
+    #: fill is under way or was interrupted, or that the pipe is closed; IDLE that the pool has it.
     pending: int
     #: Whose list it goes back to.
     home: Home
+    #: Whether a thread that is still at work on it will close it.
+    lent: bool
     #: How often it has been acquired, and how often it had been when reclamation last looked.
     uses: int
     seen: int
@@ -77,6 +78,7 @@ class Pipe:
         self.write_fd = write_fd
         self.capacity = 0
         self.pending = 0
+        self.lent = False
         self.uses = 1
         self.seen = 0
         alive[key] = weakref.ref(self)

@@ -23,15 +23,12 @@ def directly(transfer: Transfer, src: Socket | Pipe, dst: Endpoint) -> str | Non
     """
     waited = False
     while (asked := transfer.room(PIECE)) > 0:
-        number: int | None
-        try:
-            number = os.splice(src.fileno(), dst.fileno(), asked, flags=SPLICE_FLAGS)
-        except BlockingIOError:
-            number = None
-        except OSError as err:
-            if err.errno in REFUSALS:
+        result = _splice(transfer, src, dst, asked)
+        if isinstance(result, OSError) and not isinstance(result, BlockingIOError):
+            if result.errno in REFUSALS:
                 return "refused"
-            raise
+            raise result
+        number = result if isinstance(result, int) else None
         if number:
             transfer.moved(number, "bytes_spliced")
             transfer.give_way()
@@ -43,6 +40,26 @@ def directly(transfer: Transfer, src: Socket | Pipe, dst: Endpoint) -> str | Non
             transfer.wait(dst.wait_write)
             waited = True
     return None
+
+
+def _splice(transfer: Transfer, src: Socket | Pipe, dst: Endpoint, asked: int) -> int | OSError:
+    """Splice at most *asked* bytes from *src* to *dst*; return how many, or the error.
+
+    What may have to wait for a disk goes by a thread. Raises as :meth:`Transfer.on_thread` does.
+    """
+    if isinstance(src, Pipe) and isinstance(dst, File):
+        asked = min(asked, src.holds())
+        if asked and dst.write_waits(asked):
+            return into_file(transfer, dst, asked, (src,), _splice_to, asked)
+        asked = asked or 1  # to learn whether it is at its end
+    try:
+        return os.splice(src.fileno(), dst.fileno(), asked, flags=SPLICE_FLAGS)
+    except OSError as err:
+        return err
+
+
+def _splice_to(src_fd: int, dst_fd: int, position: int, asked: int) -> int:
+    return os.splice(src_fd, dst_fd, asked, offset_dst=position, flags=SPLICE_FLAGS)
 
 
 def through_pool(transfer: Transfer, src: Socket, dst: Endpoint) -> str | None:
@@ -154,11 +171,11 @@ def drain(transfer: Transfer, pipe: pipes.Pipe, dst: Endpoint) -> bool:
 def _drain_on_thread(transfer: Transfer, pipe: pipes.Pipe, dst: File) -> int | OSError:
     """Have a thread splice all of *pipe* into *dst*; return how much it did, or its error.
 
-    On exit ``pipe.pending`` is what is left, or BUSY if the wait was interrupted: the pipe is the
-    thread's then. Raises as :meth:`Transfer.on_thread` does.
+    On exit ``pipe.pending`` is what is left; if the wait was interrupted, the pipe may be lent to
+    the thread. Raises as :meth:`Transfer.on_thread` does.
     """
-    pending, pipe.pending = pipe.pending, pipes.BUSY
-    return into_file(transfer, dst, pending, (), _empty, pending, pipe)
+    pending, pipe.pending = pipe.pending, pipes.UNKNOWN
+    return into_file(transfer, dst, pending, (), _empty, pending, pipe, loan=pipe)
 
 
 def _empty(fd: int, position: int, pending: int, pipe: pipes.Pipe) -> int:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import errno
+import functools
 import os
 from collections.abc import Callable
 from typing import Any, Final
 
 import gevent
 
-from . import offload
+from . import offload, residency
 from ._stats import counters
 from .config import PIECE
-from .endpoints import Endpoint, File
+from .endpoints import Endpoint, File, Pipe
 
 #: What the kernel, a filesystem or a sandbox answers when it will not move bytes between these two
 #: ends in this way. Any other error is the ends' own.
@@ -61,14 +62,21 @@ class Transfer:
         wait()
         self.check_process()
 
-    def on_thread(self, files: tuple[File, ...], job: Callable[..., Any], *args: Any) -> Any:
+    def on_thread(
+        self,
+        files: tuple[File | Pipe, ...],
+        job: Callable[..., Any],
+        *args: Any,
+        loan: offload.Loan | None = None,
+    ) -> Any:
         """Do ``job(*descriptors of files, *args)`` on a thread; return its result, or its OSError.
 
         Lets out ValueError for a file that has been closed, and what is thrown into the greenlet
-        while it waits: the job may go on then.
+        while it waits: the job may go on then, and *loan* is the thread's.
         """
-        fds = tuple(file.fileno() for file in files)
-        result = offload.run(tuple(file.status.st_dev for file in files), fds, job, *args)
+        devices = tuple(file.status.st_dev if isinstance(file, File) else None for file in files)
+        learning = functools.partial(residency.learning, devices, job)
+        result = offload.run(devices, files, learning, *args, loan=loan)
         self._since_switch = 0
         self.check_process()
         return result
@@ -147,9 +155,10 @@ def into_file(
     transfer: Transfer,
     dst: File,
     size: int,
-    sources: tuple[File, ...],
+    sources: tuple[File | Pipe, ...],
     job: Callable[..., int],
     *args: Any,
+    loan: offload.Loan | None = None,
 ) -> int | OSError:
     """Have a thread write at most *size* bytes where *dst* stands; return how many, or its error.
 
@@ -160,7 +169,7 @@ def into_file(
     position = dst.reserve(size)
     written = 0
     try:
-        result: int | OSError = transfer.on_thread((*sources, dst), job, position, *args)
+        result: int | OSError = transfer.on_thread((*sources, dst), job, position, *args, loan=loan)
         if isinstance(result, int):
             written = result
         return result

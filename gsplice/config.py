@@ -67,11 +67,11 @@ TINY: Final = 16 * KiB
 
 #: Most bytes of a file that a thread puts into a pipe at once, while as many more are read ahead.
 #: More makes the first byte, and whoever queues for the thread, wait longer.
-COLD_PIECE: Final = 512 * KiB
+COLD_PIECE: Final = 1 * MiB
 
-#: What is known to be in the page cache is sampled at both ends of every so many bytes: a question
-#: costs 0.9 us, and sendfile(2) of this much takes 45 us.
-STRIDE: Final = 256 * KiB
+#: What is in the page cache is asked of one page in so many bytes: a question costs 0.9 us, and
+#: sendfile(2) of this much takes 55 us.
+STRIDE: Final = 512 * KiB
 
 #: Beyond what the kernel, and the threads, read ahead of a reader.
 READ_AHEAD: Final = 4 * MiB
@@ -80,8 +80,10 @@ READ_AHEAD: Final = 4 * MiB
 #: a file that is read from the disk from end to end is hardly ever asked about.
 COLD_STRETCH: Final = 4 * MiB
 
-#: Seconds for which an answer of the page cache is believed.
+#: Seconds for which an answer of the page cache is believed, and one about a filesystem's type: the
+#: number of its device is another's only after it has been unmounted.
 BELIEVED: Final = 1.0
+TYPE_BELIEVED: Final = 10.0
 
 #: A piece of more than this is written to a disk on a thread. The kernel makes a writer wait, up to
 #: 200 ms, when too much is dirty, and looks once in 128 KiB or so (balance_dirty_pages()).

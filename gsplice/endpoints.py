@@ -12,13 +12,14 @@ import errno
 import io
 import os
 import select
+import sys
 from collections.abc import Callable
 from typing import Any
 
 from gevent import socket as gsocket
 from gevent.monkey import get_original
 
-from ._linux import ioctl
+from ._linux import FIONREAD, ioctl
 from .residency import Residency
 
 _SIOCATMARK = 0x8905
@@ -39,7 +40,7 @@ class File:
         self.offset = 0
         #: What fstat(2) said when the file was handed in.
         self.status = status
-        self.cache = Residency()
+        self.cache = Residency(status)
 
     def fileno(self) -> int:
         """Return the descriptor. Raises ValueError when the file has been closed."""
@@ -101,7 +102,7 @@ class File:
 
     def write_waits(self, size: int) -> bool:
         """Say whether writing *size* bytes may have the hub wait for a disk."""
-        return self.cache.write_waits(self.fileno(), size)
+        return self.cache.write_waits(size)
 
     def reserve(self, size: int) -> int:
         """Have the descriptor stand *size* bytes further on; return where it stood.
@@ -239,6 +240,10 @@ class Pipe(_Stream):
                 raise BlockingIOError(errno.EAGAIN, "pipe is full")
             data = data[: select.PIPE_BUF]  # for so much there is room then (pipe(7))
         return os.write(fd, data)
+
+    def holds(self) -> int:
+        """Return how many bytes there are to read (pipe(7), FIONREAD)."""
+        return int.from_bytes(ioctl(self.fileno(), FIONREAD, bytes(4)), sys.byteorder)
 
     def wait_read(self) -> None:
         """Wait until the pipe has bytes, or has lost its last writer."""

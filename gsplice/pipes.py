@@ -15,11 +15,11 @@ from gevent.monkey import get_original
 
 from ._idle import Home, Keeper, idle_lists, reclaim, shared
 from ._linux import in_forked_child
-from ._pipe import BUSY, IDLE, UNKNOWN, Pipe, alive, closed_uses, keys, make, reserve
+from ._pipe import IDLE, UNKNOWN, Pipe, alive, closed_uses, keys, make, reserve
 from ._stats import counters
 from .config import settings
 
-__all__ = ["BUSY", "IDLE", "UNKNOWN", "Pipe", "acquire", "reclaim", "release"]
+__all__ = ["IDLE", "UNKNOWN", "Pipe", "acquire", "reclaim", "release"]
 
 # Guards what depends on a count (is there room for one more?), never a descriptor. Native, never
 # gevent's; re-entrant, as a finalizer or a signal handler that uses the pool may run while this
@@ -56,13 +56,13 @@ def acquire() -> Pipe | None:
 def release(pipe: Pipe) -> None:
     """Take back *pipe*: into the list of the hub that acquired it, or the shared one, or close it.
 
-    A pipe whose ``pending`` is not 0 is not known to be empty: it is closed, or, if a thread is at
-    work on it, left to the thread, whose reference is the last. Raises ValueError for
+    A pipe whose ``pending`` is not 0 is not known to be empty: it is closed. One that is ``lent``
+    to a thread is left to the thread. Raises ValueError for
     a pipe that the pool has already: the second owner would mix its bytes with somebody else's.
     """
     home = pipe.home
     idle = home.idle
-    if pipe.pending or len(idle) >= home.room:
+    if pipe.pending or pipe.lent or len(idle) >= home.room:
         _release_elsewhere(pipe)
     else:
         pipe.pending = IDLE
@@ -112,7 +112,7 @@ def _release_elsewhere(pipe: Pipe) -> None:
     """Share *pipe* or close it: where no hub looks, nobody would give it up when it is old."""
     if pipe.pending == IDLE:
         raise ValueError(f"{pipe!r} was released twice; it belongs to the pool already")
-    if pipe.pending == BUSY:
+    if pipe.lent:
         return
     if pipe.pending == 0 and (pipe.home.watched or _keeper().watch()):
         with _lock:

@@ -3,11 +3,14 @@
 The first of these that has an answer for a file is asked:
 
 - preadv2(2) with ``RWF_NOWAIT`` reads a byte or fails with EAGAIN (ext4, xfs, btrfs). It is tried
-  at both ends of every ``STRIDE`` bytes: all pages would cost as much as the transfer.
-- The type of the filesystem (statfs(2)): in memory there is nothing to wait for.
-- mincore(2) knows each page of a range (FUSE, NFS, CIFS), for those who own the file or may write
+  once in every ``STRIDE`` bytes: all pages would cost as much as the transfer.
+- The type of the filesystem: in memory there is nothing to wait for. It is asked for on a thread,
+  since statfs(2) waits for the server of a FUSE filesystem; until it is known, the file is not
+  resident.
+- mincore(2) knows each page of a range (FUSE, overlayfs), for those who own the file or may write
   it. cachestat(2) would cost half as much, but counts pages that are still being read as well: of
-  two clients that want the same file, the second would wait for the first one's disk.
+  two clients that want the same file, the second would wait for the first one's disk. On NFS and
+  CIFS mmap(2) may wait for the server.
 
 Where there is no answer, a file counts as not resident. Where a range was not, more of it goes by a
 thread without asking, as what the kernel reads ahead is soon resident in part.
@@ -18,10 +21,18 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
-from typing import Final
+from typing import Any, Final
 
 from ._linux import RWF_NOWAIT, filesystem_type, in_core
-from .config import BELIEVED, BIG_WRITE, COLD_STRETCH, READ_AHEAD, STRIDE, settings
+from .config import (
+    BELIEVED,
+    BIG_WRITE,
+    COLD_STRETCH,
+    READ_AHEAD,
+    STRIDE,
+    TYPE_BELIEVED,
+    settings,
+)
 
 #: ``f_type`` of what lives in memory: tmpfs, ramfs, hugetlbfs, proc, sysfs, cgroup, cgroup2.
 _IN_MEMORY: Final = frozenset(
@@ -34,38 +45,63 @@ _ON_DISK: Final = frozenset(
     {0xEF53, 0x58465342, 0x9123683E, 0xF2F52010, 0x2FC12FC1, 0xCA451A4E, 0x794C7630}
 )
 
+#: ``f_type`` of where mincore(2) is asked: FUSE, overlayfs.
+_LOOKED_AT: Final = frozenset({0x65735546, 0x794C7630})
+
+#: The type of the filesystem of each device, None if it can't be had, and when that was asked.
+_types: Final[dict[int, tuple[int | None, float]]] = {}
+_NOT_KNOWN: Final = -1
+
 _ONE_BYTE: Final = (bytearray(1),)
+
+#: Returns up to where a file is resident from an offset on: (descriptor, offset, end) -> end.
+_Question = Callable[[int, int, int], int]
+
+
+def learning(devices: tuple[int | None, ...], job: Callable[..., Any], *args: Any) -> Any:
+    """Do ``job(*args)``, on a thread, and learn what filesystems *devices* have.
+
+    The first of *args* are descriptors of files on these.
+    """
+    for device, fd in zip(devices, args, strict=False):
+        if device is not None and _filesystem(device) == _NOT_KNOWN:
+            _types[device] = filesystem_type(fd), time.monotonic()
+    return job(*args)
+
+
+def _filesystem(device: int) -> int | None:
+    found, asked = _types.get(device, (_NOT_KNOWN, 0.0))
+    return found if time.monotonic() - asked < TYPE_BELIEVED else _NOT_KNOWN
 
 
 class Residency:
     """What is known of one file in the course of one transfer."""
 
-    __slots__ = ("_ask", "_asked", "_begin", "_cold", "_end", "_filesystem", "_stretch")
+    __slots__ = ("_ask", "_asked", "_begin", "_cold", "_end", "_status", "_stretch")
 
-    def __init__(self) -> None:
-        self._ask: Callable[[int, int, int], int] | None = None
+    def __init__(self, status: os.stat_result) -> None:
+        self._status = status
+        self._ask: _Question | None = None
         #: Bytes from _begin to _end are resident, said the page cache at the time _asked.
         self._begin = self._end = 0
         self._asked = 0.0
         #: Up to where nobody asks, and how far that goes the next time that something is not.
         self._cold = 0
         self._stretch = COLD_STRETCH
-        self._filesystem: int | None = -1
 
     def ready(self, fd: int, offset: int, most: int) -> int:
         """Return how many bytes from *offset* on, *most* at the most, need no disk.
 
         Raises nothing: what is wrong with *fd*, the transfer will find out.
         """
-        if self._ask is None:
-            self._ask = self._choose(fd, offset)
-        if offset < self._cold:
+        ask = self._question(fd, offset)
+        if ask is None or offset < self._cold:
             return 0
         now = time.monotonic()
         if not self._begin <= offset <= self._end or now - self._asked > BELIEVED:
             self._begin = self._end = offset
         if self._end - offset < min(most, STRIDE):
-            self._end = self._ask(fd, self._end, offset + most)
+            self._end = ask(fd, self._end, offset + most)
             self._asked = now
             if self._end == offset:
                 self._cold = offset + self._stretch
@@ -77,23 +113,26 @@ class Residency:
 
         No bytes: the file ends there. Lets out the errors of pread(2).
         """
-        if self._ask is None:
-            self._ask = self._choose(fd, offset)
-        if self._ask is _probe:
+        if self._question(fd, offset) is _probe:
             return read_resident(fd, offset, size)
         return os.pread(fd, size, offset) if self.ready(fd, offset, size) == size else None
 
-    def write_waits(self, fd: int, size: int) -> bool:
+    def write_waits(self, size: int) -> bool:
         """Say whether writing *size* bytes to the file may have to wait for a disk or a server."""
         if settings.offload != "auto":
             return settings.offload == "always"
-        if self._filesystem == -1:
-            self._filesystem = filesystem_type(fd)
-        if self._filesystem in _IN_MEMORY:
+        filesystem = _filesystem(self._status.st_dev)
+        if filesystem in _IN_MEMORY:
             return False
-        return size > BIG_WRITE or self._filesystem not in _ON_DISK
+        return size > BIG_WRITE or filesystem not in _ON_DISK
 
-    def _choose(self, fd: int, offset: int) -> Callable[[int, int, int], int]:
+    def _question(self, fd: int, offset: int) -> _Question | None:
+        """Return what answers for this file; None if that is not known yet."""
+        if self._ask is None:
+            self._ask = self._choose(fd, offset)
+        return self._ask
+
+    def _choose(self, fd: int, offset: int) -> _Question | None:
         if settings.offload != "auto":
             return _all if settings.offload == "never" else _none
         try:
@@ -102,11 +141,14 @@ class Residency:
             pass
         else:
             return _probe
-        self._filesystem = filesystem_type(fd)
-        if self._filesystem in _IN_MEMORY:
+        filesystem = _filesystem(self._status.st_dev)
+        if filesystem == _NOT_KNOWN:
+            return None
+        if filesystem in _IN_MEMORY:
             return _all
-        beyond = os.fstat(fd).st_size + STRIDE
-        return _none if in_core(fd, beyond, 1) else _look
+        if filesystem in _LOOKED_AT and not in_core(fd, self._status.st_size + STRIDE, 1):
+            return _look
+        return _none
 
 
 def read_resident(fd: int, offset: int, size: int) -> bytes | None:
@@ -131,7 +173,7 @@ def _none(fd: int, offset: int, end: int) -> int:
 
 
 def _probe(fd: int, offset: int, end: int) -> int:
-    """Return up to where the pages at the ends of the strides from *offset* on are resident.
+    """Return up to where *offset*, and the page at the end of each stride from there, is resident.
 
     Nowhere, if the kernel may only just have read them ahead of somebody.
     """

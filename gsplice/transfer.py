@@ -28,7 +28,7 @@ def is_small(src: File) -> bool:
     """Say whether reading what is left of *src*, all resident, is as fast as anything."""
     src.offset = src.obj.tell()
     left = src.left()
-    return left <= SMALL and src.ready(left) >= left
+    return 0 < left <= SMALL and src.ready(left) == left
 
 
 def move(transfer: Transfer, src: Endpoint, dst: Endpoint) -> bool:

@@ -311,7 +311,7 @@ class Copy:
         for kind in (self.source, self.sink):
             if kind.role not in (FILE, SOCKET, PIPE):
                 return kind.role
-        if self.source.role == FILE and self.rest <= SMALL:
+        if self.source.role == FILE and 0 < self.rest <= SMALL:
             return "small"
         return None
 
@@ -333,7 +333,7 @@ class Copy:
             wanted.arrived = before + CONTENT[self.ahead : self.size] + AFTER
         assert got == wanted
         assert got.error is None
-        if (self.source.role, self.sink.role) == (FILE, PIPE):
+        if (self.source.role, self.sink.role) == (FILE, PIPE) and self.rest:
             assert grown.fallbacks == {"file_to_pipe": 1}
             assert moved(grown) == grown.bytes_copied == self.rest
             return

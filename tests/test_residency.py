@@ -1,0 +1,330 @@
+"""What is in the page cache, asked of real files on ext4, tmpfs and FUSE."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import gevent
+import pytest
+from conftest import file_of, some_bytes
+from ends import KiB, MiB, until
+from slowfs import SlowFS
+
+from gsplice import _linux, residency
+from gsplice._linux import filesystem_type, in_core
+from gsplice.config import COLD_STRETCH, READ_AHEAD, STRIDE, settings
+from gsplice.residency import Residency, read_resident
+
+EXT4, TMPFS, FUSE = 0xEF53, 0x01021994, 0x65735546
+
+
+def drop(fd: int) -> None:
+    """Have the page cache forget all of a file; pass if it has."""
+    os.fsync(fd)
+    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+    for offset in range(0, os.fstat(fd).st_size, 4 * KiB):
+        assert not in_core(fd, offset, 1)  # to try to read it would have it read ahead
+
+
+def warm(fd: int, offset: int, length: int) -> None:
+    """Have that range of a file in the page cache, and nothing read ahead of it."""
+    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)
+    assert len(os.pread(fd, length, offset)) == length
+
+
+def asked(fd: int) -> Residency:
+    """Return what is asked about the file, when a thread has learned its filesystem's type."""
+    status = os.fstat(fd)
+    residency.learning((status.st_dev,), lambda fd: None, fd)
+    return Residency(status)
+
+
+@contextlib.contextmanager
+def opened(path: Path, flags: int = os.O_RDWR) -> Iterator[int]:
+    fd = os.open(path, flags)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[int]:
+    """8 MiB on a disk, all in the page cache."""
+    with opened(file_of(tmp_path / "file", 8 * MiB)) as fd:
+        assert filesystem_type(fd) not in (TMPFS, FUSE, None), "the tests need a disk"
+        yield fd
+
+
+@pytest.fixture
+def memory() -> Iterator[int]:
+    fd = os.open("/dev/shm", os.O_TMPFILE | os.O_RDWR)
+    try:
+        os.write(fd, some_bytes(1 * MiB))
+        yield fd
+    finally:
+        os.close(fd)
+
+
+@pytest.fixture(scope="module")
+def slow(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SlowFS]:
+    with SlowFS(tmp_path_factory.mktemp("slow")) as mounted:
+        yield mounted
+
+
+@pytest.fixture
+def far(slow: SlowFS, request: pytest.FixtureRequest) -> Iterator[int]:
+    """8 MiB on FUSE, none of it in the page cache."""
+    name = request.node.name
+    file_of(slow.directory / name, 8 * MiB)
+    with opened(slow.mount / name) as fd:
+        yield fd
+
+
+# ---- a disk
+
+
+def test_all_in_the_page_cache(disk: int) -> None:
+    cache = asked(disk)
+    assert cache.ready(disk, 0, 8 * MiB) == 8 * MiB
+    assert cache.ready(disk, 100, 1000) == 1000
+    assert cache.ready(disk, 8 * MiB - 5, 5) == 5
+
+
+def test_nothing_in_the_page_cache(disk: int) -> None:
+    drop(disk)
+    cache = asked(disk)
+    assert cache.ready(disk, 0, 8 * MiB) == 0
+    assert cache.ready(disk, 5 * MiB, 1) == 0
+
+
+def test_it_ends_before_a_hole_in_the_page_cache(disk: int) -> None:
+    drop(disk)
+    warm(disk, 0, 1 * MiB)
+    warm(disk, 2 * MiB, 6 * MiB)
+    assert not in_core(disk, 1 * MiB, 1)
+    assert asked(disk).ready(disk, 0, 4 * MiB) == 1 * MiB
+    assert asked(disk).ready(disk, 2 * MiB, 4 * MiB) == 4 * MiB
+
+
+def test_the_end_of_each_stride_counts(disk: int) -> None:
+    at = 3 * STRIDE - 4 * KiB
+    drop(disk)
+    warm(disk, 0, at)
+    warm(disk, at + 4 * KiB, 8 * MiB - at - 4 * KiB)
+    assert not in_core(disk, at, 1)
+    assert asked(disk).ready(disk, 0, 4 * MiB) == 2 * STRIDE
+
+
+def test_what_was_only_read_ahead_does_not_count(disk: int) -> None:
+    """Its last page may be resident and its next one under way."""
+    drop(disk)
+    warm(disk, 0, 1 * MiB)
+    assert asked(disk).ready(disk, 0, 512 * KiB) == 0
+    warm(disk, 512 * KiB + READ_AHEAD, 4 * KiB)
+    assert asked(disk).ready(disk, 0, 512 * KiB) == 512 * KiB
+
+
+def test_nobody_asks_for_a_stretch_where_the_disk_was_met(disk: int) -> None:
+    drop(disk)
+    cache = asked(disk)
+    assert cache.ready(disk, 0, 1 * MiB) == 0
+    warm(disk, 0, 8 * MiB)
+    assert cache.ready(disk, COLD_STRETCH - 1, 1 * MiB) == 0
+    assert cache.ready(disk, COLD_STRETCH, 1 * MiB) == 1 * MiB
+
+
+def test_the_stretch_grows(tmp_path: Path) -> None:
+    with opened(file_of(tmp_path / "file", 16 * MiB)) as fd:
+        drop(fd)
+        cache = asked(fd)
+        assert cache.ready(fd, 0, 1 * MiB) == 0
+        assert cache.ready(fd, COLD_STRETCH, 1 * MiB) == 0
+        warm(fd, 0, 16 * MiB)
+        assert cache.ready(fd, 3 * COLD_STRETCH - 1, 1 * MiB) == 0
+        assert cache.ready(fd, 3 * COLD_STRETCH, 1 * MiB) == 1 * MiB
+
+
+@pytest.mark.parametrize("believed", [1e9, -1])
+def test_an_answer_is_believed_for_some_time(
+    disk: int, believed: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(residency, "BELIEVED", believed)
+    cache = asked(disk)
+    assert cache.ready(disk, 0, 4 * MiB) == 4 * MiB
+    drop(disk)
+    assert cache.ready(disk, 1 * MiB, 1 * MiB) == (1 * MiB if believed > 0 else 0)
+
+
+def test_at_the_end_and_beyond(disk: int) -> None:
+    assert asked(disk).ready(disk, 8 * MiB, 1) == 0
+    assert asked(disk).ready(disk, 9 * MiB, 1) == 0
+    assert asked(disk).read(disk, 8 * MiB, 10) == b""
+    assert asked(disk).read(disk, 8 * MiB - 3, 10) == some_bytes(8 * MiB)[-3:]
+
+
+def test_reading(disk: int) -> None:
+    cache = asked(disk)
+    assert cache.read(disk, 1000, 64 * KiB) == some_bytes(8 * MiB)[1000 : 1000 + 64 * KiB]
+    drop(disk)
+    assert cache.read(disk, 1000, 64 * KiB) is None
+    assert read_resident(disk, 1000, 64 * KiB) is None
+
+
+def test_a_read_ends_before_what_is_missing(disk: int) -> None:
+    drop(disk)
+    warm(disk, 0, 32 * KiB)
+    assert read_resident(disk, 0, 64 * KiB) == some_bytes(8 * MiB)[: 32 * KiB]
+
+
+def test_a_bad_descriptor_raises_in_reading_only(tmp_path: Path) -> None:
+    with opened(file_of(tmp_path / "file", 100), os.O_WRONLY) as fd:
+        assert asked(fd).ready(fd, 0, 100) == 0
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            read_resident(fd, 0, 100)
+
+
+# ---- in memory
+
+
+def test_tmpfs_needs_no_disk(memory: int) -> None:
+    assert filesystem_type(memory) == TMPFS
+    cache = asked(memory)
+    assert cache.ready(memory, 0, 1 * MiB) == 1 * MiB
+    assert cache.read(memory, 5, 10) == some_bytes(1 * MiB)[5:15]
+
+
+def test_the_kernels_own_files_need_no_disk() -> None:
+    with opened(Path("/proc/self/status"), os.O_RDONLY) as fd:
+        assert asked(fd).ready(fd, 0, 1) == 1
+
+
+def test_a_type_is_not_asked_for_on_the_hub(memory: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On FUSE, statfs(2) waits for the server."""
+    monkeypatch.setattr(residency, "_types", {})
+    cache = Residency(os.fstat(memory))
+    assert cache.ready(memory, 0, 1) == 0
+    assert cache.read(memory, 0, 1) is None
+    assert cache.write_waits(1)
+    asked(memory)
+    assert cache.ready(memory, 0, 1) == 1
+    assert not cache.write_waits(1)
+    monkeypatch.setattr(residency, "TYPE_BELIEVED", -1)
+    assert cache.write_waits(1)
+
+
+# ---- FUSE, where RWF_NOWAIT has no answer
+
+
+def test_fuse_has_no_answer_of_its_own(far: int) -> None:
+    assert filesystem_type(far) == FUSE
+    with pytest.raises(OSError, match="not supported"):
+        read_resident(far, 0, 1)
+
+
+def test_fuse_in_the_page_cache_or_not(far: int) -> None:
+    assert asked(far).ready(far, 0, 1 * MiB) == 0
+    assert asked(far).read(far, 0, 100) is None
+    warm(far, 0, 8 * MiB)
+    assert asked(far).ready(far, 0, 8 * MiB) == 8 * MiB
+    assert asked(far).ready(far, 4097, 1000) == 1000
+    assert asked(far).read(far, 4097, 1000) == some_bytes(8 * MiB)[4097:5097]
+    os.posix_fadvise(far, 1 * MiB, 4 * KiB, os.POSIX_FADV_DONTNEED)
+    assert asked(far).ready(far, 0, 8 * MiB) == 0
+    assert asked(far).ready(far, 0, 1 * MiB) == 1 * MiB
+
+
+def test_each_page_counts(far: int) -> None:
+    warm(far, 0, 1 * MiB)
+    assert in_core(far, 0, 1 * MiB)
+    assert in_core(far, 5000, 1)
+    os.posix_fadvise(far, 512 * KiB, 4 * KiB, os.POSIX_FADV_DONTNEED)
+    assert not in_core(far, 0, 1 * MiB)
+    assert in_core(far, 0, 512 * KiB)
+    assert not in_core(far, 0, 512 * KiB + 1)
+    assert not in_core(far, 512 * KiB + 4095, 2)
+    assert in_core(far, 516 * KiB, 1)
+
+
+def test_pages_under_way_do_not_count(slow: SlowFS, far: int) -> None:
+    """They are in the page cache, but whoever reads them waits for the filesystem."""
+    name = os.path.basename(os.readlink(f"/proc/self/fd/{far}"))
+    slow.hold(name)
+    reading = gevent.get_hub().threadpool.spawn(os.pread, far, 64 * KiB, 0)
+    until(lambda: slow.begun(name))
+    try:
+        assert not in_core(far, 0, 4 * KiB)
+        assert asked(far).ready(far, 0, 4 * KiB) == 0
+    finally:
+        slow.release(name)
+    assert reading.get() == some_bytes(8 * MiB)[: 64 * KiB]
+    assert in_core(far, 0, 64 * KiB)
+
+
+def test_nothing_is_in_core_that_can_not_be_mapped(tmp_path: Path) -> None:
+    with opened(file_of(tmp_path / "file", 8 * KiB), os.O_WRONLY) as fd:
+        assert not in_core(fd, 0, 4 * KiB)
+    assert not in_core(-1, 0, 4 * KiB)
+    read_end, write_end = os.pipe()
+    try:
+        assert not in_core(read_end, 0, 1)
+    finally:
+        os.close(read_end)
+        os.close(write_end)
+
+
+def test_asking_leaves_no_mapping(far: int) -> None:
+    path = os.readlink(f"/proc/self/fd/{far}")
+    assert not in_core(far, 0, 8 * MiB)
+    assert path not in Path("/proc/self/maps").read_text()
+
+
+def test_without_ctypes_nothing_is_known(
+    far: int, disk: int, memory: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "ctypes", None)
+    _linux._libc.cache_clear()
+    monkeypatch.setattr(residency, "_types", {})
+    warm(far, 0, 8 * KiB)
+    assert filesystem_type(memory) is None
+    assert asked(far).ready(far, 0, 4 * KiB) == 0
+    assert asked(disk).ready(disk, 0, 8 * MiB) == 8 * MiB
+    assert asked(memory).write_waits(1)
+
+
+# ---- the policy
+
+
+@pytest.mark.parametrize(("policy", "resident"), [("never", 1 * MiB), ("always", 0)])
+def test_a_policy_asks_nobody(
+    disk: int, policy: str, resident: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(settings, "offload", policy)
+    for is_warm in (True, False):
+        if not is_warm:
+            drop(disk)
+        assert asked(disk).ready(disk, 0, 1 * MiB) == resident
+        assert asked(disk).write_waits(1) == (policy == "always")
+        data = asked(disk).read(disk, 0, 10)
+        assert data == (some_bytes(8 * MiB)[:10] if policy == "never" else None)
+        os.pread(disk, 1, 0)
+
+
+# ---- writing
+
+
+def test_big_pieces_wait_for_a_disk(disk: int) -> None:
+    assert not asked(disk).write_waits(64 * KiB)
+    assert asked(disk).write_waits(64 * KiB + 1)
+
+
+def test_no_piece_waits_in_memory(memory: int) -> None:
+    assert not asked(memory).write_waits(2 * MiB)
+
+
+def test_every_piece_waits_for_fuse(far: int) -> None:
+    assert asked(far).write_waits(1)
