@@ -8,6 +8,7 @@ import os
 import random
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,6 +19,8 @@ import gevent.socket
 import pytest
 
 import gsplice
+from gsplice import residency
+from gsplice._linux import filesystem_type
 
 #: The name of a socket pair, and the same through a real connection.
 Pair = tuple[gevent.socket.socket, gevent.socket.socket]
@@ -28,6 +31,24 @@ def patched() -> Iterator[gsplice.PatchResult]:
     """All names patched; gevent.monkey.get_original() has the originals."""
     yield gsplice.patch_all()
     gsplice.unpatch_all()
+
+
+@pytest.fixture(scope="session")
+def some_types() -> dict[int, tuple[int | None, float]]:
+    """Types of filesystems that stay mounted, believed for ever."""
+    with tempfile.TemporaryFile() as disk, tempfile.TemporaryFile(dir="/dev/shm") as memory:
+        memfd = os.memfd_create("filesystem")
+        fds = [disk.fileno(), memory.fileno(), memfd]
+        types = {os.fstat(fd).st_dev: (filesystem_type(fd), float("inf")) for fd in fds}
+        os.close(memfd)
+    return types
+
+
+@pytest.fixture(autouse=True)
+def filesystems_known(some_types: dict[int, tuple[int | None, float]]) -> None:
+    """What a thread learns in the course of a first transfer is known in every test."""
+    residency._types.clear()
+    residency._types.update(some_types)
 
 
 @pytest.fixture(autouse=True)

@@ -39,7 +39,7 @@ from test_kill import Victim, assert_clean
 from test_residency import drop
 
 import gsplice
-from gsplice import offload, residency
+from gsplice import offload
 from gsplice.config import SMALL, settings
 
 unpatched_copyfileobj = get_original("shutil", "copyfileobj")
@@ -344,7 +344,8 @@ def test_a_warm_file_of_a_slow_filesystem_needs_no_thread(
 ) -> None:
     path = slow.mount / name
     file_of(slow.directory / name, 1 * MiB)
-    assert len(path.read_bytes()) == 1 * MiB
+    # From the server, when it is also learned what filesystem it is.
+    outcome(tmp_path, "sendfile", TO_SOCKET["sendfile"][0], path)
     slow.hold(name)
     with counting() as grown:
         got = outcome(tmp_path, "sendfile", TO_SOCKET["sendfile"][0], path)
@@ -927,8 +928,6 @@ def test_big_pieces_are_written_to_a_disk_on_a_thread(
 
 def test_what_is_written_to_memory_needs_no_thread(tmp_path: Path) -> None:
     data = some_bytes(2 * MiB)
-    with open("/dev/shm", opener=lambda path, _: os.open(path, os.O_TMPFILE | os.O_RDWR)) as file:
-        residency.learning((os.fstat(file.fileno()).st_dev,), lambda fd: None, file.fileno())
     with Ends(tmp_path) as ends, counting() as grown:
         fd = os.open("/dev/shm", os.O_TMPFILE | os.O_RDWR)
         dst = ends.enter_context(open(fd, "wb", 0))
