@@ -1106,17 +1106,18 @@ def test_a_hub_in_another_thread(
     slow.hold(name)
 
     def work() -> Any:
-        hub = gevent.get_hub()
+        hub, clock = gevent.get_hub(), Clock()
         try:
             moving = gevent.spawn(outcome, tmp_path, way, TO_ANY[way][0], slow.mount / name)
             until(lambda: slow.begun(name))
-            Clock().goes_on()
+            clock.goes_on()
             assert not moving.dead
             slow.release(name)
             got = moving.get(timeout=GUARD)
             assert hub.__dict__["_gsplice_threads"] is not main
             return got
         finally:
+            clock.greenlet.kill()  # under libuv gevent could not destroy its hub
             hub.destroy(destroy_loop=True)
 
     gevent.get_hub()
