@@ -175,8 +175,10 @@ def test_a_cold_file(tmp_path: Path, way: str, size: int, position: int) -> None
     path = cold(tmp_path / "cold", size)
     with counting() as grown:
         got = outcome(tmp_path, way, patched, path, position)
-    assert moved(grown) == size - position
-    if size > SMALL:  # a small one may have come by the time it is asked for again
+    if size <= SMALL:  # it may have come by the time it is asked for again
+        assert moved(grown) in (0, size - position)
+    else:
+        assert moved(grown) == size - position
         assert grown.offloads > 0
         assert grown.bytes_copied == 0
         fast = "bytes_copy_file_range" if way in TO_FILE else "bytes_spliced"

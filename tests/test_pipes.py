@@ -1339,7 +1339,7 @@ def test_no_memory_is_kept_by_acquiring_and_releasing(
     hub_room: int, calls: int, limits: Callable[..., None]
 ) -> None:
     limits(max_idle_hub=hub_room)
-    assert blocks_kept(calls) < 50
+    assert blocks_kept(calls) < calls // 1000  # what other threads do counts as well
 
 
 def test_no_memory_is_kept_by_opening_and_closing(limits: Callable[..., None]) -> None:
