@@ -16,10 +16,11 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+from gevent import get_hub
 from gevent import socket as gsocket
 from gevent.monkey import get_original
 
-from ._linux import FIONREAD, ioctl
+from ._linux import FIONREAD, LINUX, ioctl
 from .residency import Residency
 
 _SIOCATMARK = 0x8905
@@ -27,6 +28,7 @@ _SIOCATMARK = 0x8905
 _get_ident: Callable[[], int] = get_original("_thread", "get_ident")
 # gevent's would let other greenlets run.
 _poll: Callable[[], Any] = get_original("select", "poll")
+_epoll: Any = get_original("select", "epoll") if LINUX else None
 
 
 class File:
@@ -256,9 +258,23 @@ class Pipe(_Stream):
     def _wait(self, watcher: str, wait: Callable[[int], None]) -> None:
         fd = self.fileno()
         if isinstance(self.raw, io.FileIO):
-            wait(fd)
+            if "libuv" in get_hub().loop.__class__.__module__:
+                _wait_blocking(fd, watcher)
+            else:
+                wait(fd)
         else:  # gevent's own: waiting as its read() does lets a close wake us
             gsocket.wait(getattr(self.raw, watcher), None, None, self.raw.hub)
+
+
+def _wait_blocking(fd: int, watcher: str) -> None:
+    """Wait for *fd* and leave it blocking, for others that use it: libuv would not (uv_poll_init).
+
+    An epoll instance is ready when one of what it watches is, and is itself what libuv gets.
+    """
+    events = select.POLLIN if watcher == "_read_watcher" else select.POLLOUT
+    with _epoll(1) as epoll:
+        epoll.register(fd, events)  # the numbers are those of poll(2)
+        gsocket.wait_read(epoll.fileno())
 
 
 Endpoint = File | Socket | Pipe

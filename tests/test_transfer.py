@@ -1081,3 +1081,41 @@ copies = Copies(*sys.argv[1:])
         tmp_path / "to",
     )
     assert digest((tmp_path / "to").read_bytes()) == digest(path.read_bytes())
+
+
+@pytest.mark.parametrize("loop", ["libev-cext", "libuv"])
+@pytest.mark.parametrize("direction", ["from", "into"])
+def test_a_blocking_pipe_is_left_blocking(loop: str, direction: str) -> None:
+    """The process at its other end, or one that has inherited it, expects it to be."""
+    run_program(
+        """
+import os, sys, gevent, gevent.socket, gsplice
+read_fd, write_fd = os.pipe()
+ours, theirs = gevent.socket.socketpair()
+reader, writer = open(read_fd, 'rb'), open(write_fd, 'wb')
+size = 300_000
+if sys.argv[1] == 'from':
+    copying = gevent.spawn(gsplice.copy, reader, ours, size)
+    gevent.sleep(0.01)
+    writer.write(b'x' * 1000)
+    writer.flush()
+    copied = len(theirs.recv(1000))
+    assert os.get_blocking(read_fd)
+    copying.kill()
+else:
+    copying = gevent.spawn(gsplice.copy, ours, writer, size)
+    theirs.settimeout(0.01)
+    try:
+        theirs.sendall(bytes(size))  # more than the pipe takes
+    except TimeoutError:
+        pass
+    gevent.sleep(0.01)
+    assert os.get_blocking(write_fd)
+    copying.kill()
+assert os.get_blocking(read_fd) and os.get_blocking(write_fd)
+for end in reader, writer, ours, theirs:
+    end.close()
+""",
+        direction,
+        GEVENT_LOOP=loop,
+    )
