@@ -330,7 +330,7 @@ def price(report: Report, sock: Any, path: Path, kind: str, most: float = 0) -> 
             return sample
 
         def questions() -> int:
-            residency, fd, offset = Residency(), file.fileno(), 0
+            residency, fd, offset = Residency(os.fstat(file.fileno())), file.fileno(), 0
             while ready := residency.ready(fd, offset, min(PIECE, size - offset)):
                 offset += ready
             return offset

@@ -163,8 +163,6 @@ def _by_copy_file_range(transfer: Transfer, src: File, dst: File, asked: int) ->
 
 
 def _copy_range(src_fd: int, dst_fd: int, position: int, offset: int, asked: int) -> int:
-    """Copy at most *asked* bytes from *offset* to *position*, and have as many more read."""
-    os.posix_fadvise(src_fd, offset + asked, asked, os.POSIX_FADV_WILLNEED)
     return os.copy_file_range(src_fd, dst_fd, asked, offset_src=offset, offset_dst=position)
 
 
