@@ -21,8 +21,8 @@ can be set in code before the first transfer::
     Most threads of one hub that wait for disks, made when first needed. One filesystem gets half
     of them, so that a slow one does not hold up the others.
 ``patch_all`` (``GSPLICE_PATCH_ALL``, false)
-    Whether ``gevent.monkey.patch_all()`` also calls :func:`gsplice.patch_all`. Checked and kept,
-    but not acted upon in this version.
+    Whether ``gevent.monkey.patch_all()`` also calls :func:`gsplice.patch_all`, unless it is told
+    ``gsplice=False``; with ``gsplice=True`` it does so in any case.
 """
 
 from __future__ import annotations

@@ -1,0 +1,44 @@
+"""What gevent calls at the end of ``gevent.monkey.patch_all()``: the entry point of gsplice.
+
+It is not inside the package, because gevent imports it in every program, also where gsplice is
+installed and not wanted; importing ``gsplice.anything`` imports all of gsplice.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+
+from gevent._config import validate_bool
+from gevent.events import GeventDidPatchBuiltinModulesEvent
+
+
+def did_patch_builtins(event: GeventDidPatchBuiltinModulesEvent) -> None:
+    """Call ``gsplice.patch_all()`` if that is wanted.
+
+    ``gevent.monkey.patch_all(gsplice=...)`` decides, or else the setting ``patch_all``. Called
+    again when gevent patches more. :class:`ValueError`, if ``GSPLICE_PATCH_ALL`` is neither true
+    nor false, goes to whoever called ``gevent.monkey.patch_all()``. :class:`RuntimeWarning` if
+    nothing can be patched, since nobody sees the result.
+    """
+    wanted = event.patch_all_kwargs.get("gsplice")
+    if not (_setting() if wanted is None else wanted):
+        return
+    import gsplice
+
+    result = gsplice.patch_all()
+    if not result:
+        warnings.warn(f"gsplice patched nothing: {result}", RuntimeWarning, stacklevel=2)
+
+
+def _setting() -> bool:
+    """Return ``gsplice.config.settings.patch_all``, without importing gsplice for it."""
+    config = sys.modules.get("gsplice.config")
+    if config is not None:
+        return bool(config.settings.patch_all)
+    value = os.environ.get("GSPLICE_PATCH_ALL", "")
+    try:
+        return bool(validate_bool(value))
+    except ValueError:
+        raise ValueError(f"GSPLICE_PATCH_ALL must be true or false, not {value!r}") from None
