@@ -16,6 +16,7 @@ from ._stats import counters
 from ._transfer import REFUSALS, Transfer, into_file, read, write
 from .config import COLD_PIECE, PIECE, SMALL
 from .endpoints import Endpoint, File, Socket
+from .residency import refuse_uncached
 
 
 class _Step(enum.Enum):
@@ -77,7 +78,7 @@ def _send_cold(transfer: Transfer, src: File, dst: Socket, asked: int) -> _Step:
     try:
         ahead = min(transfer.room(src.left()) - asked, COLD_PIECE)
         pipe.pending = pipes.UNKNOWN
-        filled = transfer.on_thread((src,), _fill, pipe, src.offset, asked, ahead, loan=pipe)
+        filled = transfer.on_thread((src,), _fill, pipe, src.offset, asked, ahead, loans=(pipe,))
         if isinstance(filled, OSError):
             return _step(filled)
         step = _Step.ENDED
@@ -119,6 +120,7 @@ def _fill(fd: int, pipe: pipes.Pipe, offset: int, asked: int, ahead: int) -> int
     """
     filled = 0
     try:
+        refuse_uncached(fd)
         filled = os.splice(fd, pipe.write_fd, asked, offset_src=offset)
         if ahead > 0:
             os.posix_fadvise(fd, offset + filled, ahead, os.POSIX_FADV_WILLNEED)
@@ -163,7 +165,23 @@ def _by_copy_file_range(transfer: Transfer, src: File, dst: File, asked: int) ->
 
 
 def _copy_range(src_fd: int, dst_fd: int, position: int, offset: int, asked: int) -> int:
-    return os.copy_file_range(src_fd, dst_fd, asked, offset_src=offset, offset_dst=position)
+    """Copy *asked* bytes, or what there is; say how many."""
+    copied = 0
+    try:
+        while copied < asked and (
+            number := os.copy_file_range(
+                src_fd,
+                dst_fd,
+                asked - copied,
+                offset_src=offset + copied,
+                offset_dst=position + copied,
+            )
+        ):
+            copied += number
+    except OSError:
+        if not copied:
+            raise
+    return copied
 
 
 def _by_splice(transfer: Transfer, src: File, dst: File, asked: int) -> int | OSError | None:
@@ -174,7 +192,7 @@ def _by_splice(transfer: Transfer, src: File, dst: File, asked: int) -> int | OS
     try:
         pipe.pending = pipes.UNKNOWN
         return into_file(
-            transfer, dst, asked, (src,), _splice_range, src.offset, asked, pipe, loan=pipe
+            transfer, dst, asked, (src,), _splice_range, src.offset, asked, pipe, loans=(pipe,)
         )
     finally:
         pipes.release(pipe)
@@ -183,14 +201,20 @@ def _by_splice(transfer: Transfer, src: File, dst: File, asked: int) -> int | OS
 def _splice_range(
     src_fd: int, dst_fd: int, position: int, offset: int, asked: int, pipe: pipes.Pipe
 ) -> int:
-    """Copy at most *asked* bytes, and no more than fit into *pipe*, which is empty; say how many.
+    """Copy *asked* bytes through *pipe*, which is empty, or what there is; say how many.
 
     On exit ``pipe.pending`` is what it holds: not 0 after an error that came too late to tell.
     """
     pending = copied = 0
     try:
-        pending = os.splice(src_fd, pipe.write_fd, asked, offset_src=offset)
-        while pending:
+        refuse_uncached(src_fd)
+        while pending or copied < asked:
+            if not pending:
+                pending = os.splice(
+                    src_fd, pipe.write_fd, asked - copied, offset_src=offset + copied
+                )
+                if not pending:
+                    break
             drained = os.splice(pipe.read_fd, dst_fd, pending, offset_dst=position + copied)
             pending -= drained
             copied += drained

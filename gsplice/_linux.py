@@ -16,12 +16,22 @@ from typing import Any, Final
 LINUX: Final = sys.platform == "linux"
 
 if sys.platform == "linux":
-    from fcntl import F_GETFL, F_GETPIPE_SZ, F_SETPIPE_SZ, fcntl, ioctl
+    from fcntl import (
+        F_GETFL,
+        F_GETPIPE_SZ,
+        F_OFD_GETLK,
+        F_SETPIPE_SZ,
+        F_UNLCK,
+        F_WRLCK,
+        fcntl,
+        ioctl,
+    )
     from socket import AF_UNIX
     from termios import FIONREAD
 
     SPLICE_FLAGS: Final = os.SPLICE_F_MOVE | os.SPLICE_F_NONBLOCK
 else:
+    F_OFD_GETLK = F_UNLCK = F_WRLCK = 0
     F_GETFL = F_GETPIPE_SZ = F_SETPIPE_SZ = FIONREAD = SPLICE_FLAGS = 0
     AF_UNIX = fcntl = ioctl = None
 
@@ -36,7 +46,10 @@ __all__ = [
     "FIONREAD",
     "F_GETFL",
     "F_GETPIPE_SZ",
+    "F_OFD_GETLK",
     "F_SETPIPE_SZ",
+    "F_UNLCK",
+    "F_WRLCK",
     "LINUX",
     "RWF_NOWAIT",
     "SPLICE_FLAGS",

@@ -192,10 +192,13 @@ class _FileResponse:
             return length
         transfer, src = Transfer(length), self._src
         first = src.read_ahead(length)
-        while (asked := length - len(first)) and (
-            data := read(transfer, src, src.offset + len(first), asked)
-        ):
-            first += data
+        try:
+            while (asked := length - len(first)) and (
+                data := read(transfer, src, src.offset + len(first), asked)
+            ):
+                first += data
+        finally:
+            transfer.close()
         src.obj.seek(src.offset + len(first))
         self._first = first
         return len(first)

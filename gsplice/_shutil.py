@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 from typing import Any, Final
@@ -52,7 +53,7 @@ def copyfileobj(fsrc: Any, fdst: Any, length: int = 0) -> None:
     except NotOurs as reason:
         counters.fell_back(reason.args[0])
     else:
-        if isinstance(src, File) and is_small(src):
+        if isinstance(src, File) and is_small(src, dst):
             counters.fell_back("small")
         elif move(Transfer(), src, dst):
             return
@@ -68,16 +69,18 @@ def _fast_copy(name: str) -> Any:
             if not isinstance(dst, File):
                 raise NotOurs("destination_type")
             different_files(src, dst)
-            if is_small(src):
+            if is_small(src, dst):
                 raise NotOurs("small")
         except NotOurs as reason:
             counters.fell_back(reason.args[0])
             originals[name](fsrc, fdst)
             return
+        transfer = Transfer()
         try:
-            move(Transfer(), src, dst)
+            move(transfer, src, dst)
         except OSError as err:
-            err.filename, err.filename2 = fsrc.name, fdst.name
+            if transfer.delivered or err.errno == errno.ENOSPC:  # else, copyfileobj() raises it
+                err.filename, err.filename2 = fsrc.name, fdst.name
             raise
 
     fast_copy.__name__ = fast_copy.__qualname__ = name

@@ -139,4 +139,5 @@ def _sendfile_use_sendfile(self: Any, file: Any, offset: int = 0, count: int | N
     finally:
         if transfer.delivered:
             transfer.leave(src, dst)
+        transfer.close()
     return transfer.delivered

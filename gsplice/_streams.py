@@ -175,7 +175,7 @@ def _drain_on_thread(transfer: Transfer, pipe: pipes.Pipe, dst: File) -> int | O
     the thread. Raises as :meth:`Transfer.on_thread` does.
     """
     pending, pipe.pending = pipe.pending, pipes.UNKNOWN
-    return into_file(transfer, dst, pending, (), _empty, pending, pipe, loan=pipe)
+    return into_file(transfer, dst, pending, (), _empty, pending, pipe, loans=(pipe,))
 
 
 def _empty(fd: int, position: int, pending: int, pipe: pipes.Pipe) -> int:

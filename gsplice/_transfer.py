@@ -25,7 +25,7 @@ REFUSALS: Final = frozenset(
 class Transfer:
     """One transfer: how much has been delivered, how much may still be, and whose it is."""
 
-    __slots__ = ("_process", "_since_switch", "delivered", "limit")
+    __slots__ = ("_owned", "_process", "_since_switch", "delivered", "limit")
 
     def __init__(self, limit: int | None = None, delivered: int = 0) -> None:
         #: Bytes delivered, and the most that may be; None: until the source ends.
@@ -33,6 +33,8 @@ class Transfer:
         self.limit = limit
         self._since_switch = 0
         self._process = os.getpid()
+        #: What threads use in place of the descriptors of the ends.
+        self._owned: dict[File | Pipe, offload.Descriptor] = {}
 
     def room(self, most: int) -> int:
         """Return how many bytes may be asked for next, *most* at the most; 0 at the limit."""
@@ -67,19 +69,52 @@ class Transfer:
         files: tuple[File | Pipe, ...],
         job: Callable[..., Any],
         *args: Any,
-        loan: offload.Loan | None = None,
+        loans: tuple[offload.Loan, ...] = (),
     ) -> Any:
         """Do ``job(*descriptors of files, *args)`` on a thread; return its result, or its OSError.
 
         Lets out ValueError for a file that has been closed, and what is thrown into the greenlet
-        while it waits: the job may go on then, and *loan* is the thread's.
+        while it waits: the job may go on then, and *loans* are the thread's.
         """
         devices = tuple(file.status.st_dev if isinstance(file, File) else None for file in files)
         learning = functools.partial(residency.learning, devices, job)
-        result = offload.run(devices, files, learning, *args, loan=loan)
+        fds = [file.fileno() for file in files]
+        threads = offload.threads()
+        owned = self._own(files, fds) if threads is not None else None
+        if threads is None or owned is None:
+            result = offload.here(learning, fds, args)
+        else:
+            known = [device for device in devices if device is not None]
+            result = threads.run(
+                known, learning, [each.fd for each in owned], args, [*owned, *loans]
+            )
         self._since_switch = 0
         self.check_process()
         return result
+
+    def _own(
+        self, files: tuple[File | Pipe, ...], fds: list[int]
+    ) -> list[offload.Descriptor] | None:
+        """Return duplicates of *fds*, made once for each of the *files*; None if none are left."""
+        try:
+            for file, fd in zip(files, fds, strict=True):
+                if file not in self._owned:
+                    self._owned[file] = offload.Descriptor(fd)
+        except OSError:
+            return None
+        return [self._owned[file] for file in files]
+
+    def close(self) -> None:
+        """Close what threads have used, but not what one is still using. Raises nothing."""
+        owned, self._owned = self._owned, {}
+        for file, descriptor in owned.items():
+            if descriptor.lent or not self.is_ours():
+                continue
+            threads = offload.threads() if isinstance(file, File) and file.close_waits() else None
+            if threads is None:
+                descriptor.close()
+            else:
+                gevent.spawn(threads.run, (), descriptor.close, (), (), (descriptor,))
 
     def give_way(self) -> None:
         """Let other greenlets run when PIECE bytes have moved since they last could."""
@@ -90,13 +125,16 @@ class Transfer:
                 self.check_process()
 
     def leave(self, src: Endpoint, dst: Endpoint) -> None:
-        """Make both objects stand where the delivered bytes left them.
+        """Make both objects stand where the delivered bytes left them, and close the transfer.
 
         Not in a forked child, which shares the position of every file with its parent.
         """
-        if self.is_ours():
-            src.leave_source()
-            dst.leave_sink()
+        try:
+            if self.is_ours():
+                src.leave_source()
+                dst.leave_sink()
+        finally:
+            self.close()
 
     def is_ours(self) -> bool:
         """Say whether this process started the transfer."""
@@ -158,7 +196,7 @@ def into_file(
     sources: tuple[File | Pipe, ...],
     job: Callable[..., int],
     *args: Any,
-    loan: offload.Loan | None = None,
+    loans: tuple[offload.Loan, ...] = (),
 ) -> int | OSError:
     """Have a thread write at most *size* bytes where *dst* stands; return how many, or its error.
 
@@ -166,16 +204,27 @@ def into_file(
     after the bytes written; if the wait is interrupted, where it stood, and the thread may still
     write behind that. Raises as :meth:`Transfer.on_thread` does.
     """
-    position = dst.reserve(size)
-    written = 0
+    threads = offload.threads()
+    if threads is not None:  # two that reserve at the same time could not both go back
+        turn = threads.turn_to_write((dst.status.st_dev, dst.status.st_ino))
+        loans = (*loans, turn)
     try:
-        result: int | OSError = transfer.on_thread((*sources, dst), job, position, *args, loan=loan)
-        if isinstance(result, int):
-            written = result
-        return result
+        transfer.check_process()
+        position = dst.reserve(size)
+        written = 0
+        try:
+            result: int | OSError = transfer.on_thread(
+                (*sources, dst), job, position, *args, loans=loans
+            )
+            if isinstance(result, int):
+                written = result
+            return result
+        finally:
+            if transfer.is_ours():
+                dst.settle(position, size, written)
     finally:
-        if transfer.is_ours():
-            dst.settle(position, size, written)
+        if threads is not None and not turn.lent:
+            turn.end()
 
 
 def _write_at(fd: int, position: int, data: memoryview) -> int:

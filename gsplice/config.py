@@ -83,7 +83,7 @@ COLD_STRETCH: Final = 4 * MiB
 #: Seconds for which an answer of the page cache is believed, and one about a filesystem's type: the
 #: number of its device is another's only after it has been unmounted.
 BELIEVED: Final = 1.0
-TYPE_BELIEVED: Final = 10.0
+TYPE_BELIEVED: Final = 1.0
 
 #: A piece of more than this is written to a disk on a thread. The kernel makes a writer wait, up to
 #: 200 ms, when too much is dirty, and looks once in 128 KiB or so (balance_dirty_pages()).

@@ -106,6 +106,10 @@ class File:
         """Say whether writing *size* bytes may have the hub wait for a disk."""
         return self.cache.write_waits(size)
 
+    def close_waits(self) -> bool:
+        """Say whether closing a descriptor of the file may have the hub wait for a server."""
+        return self.cache.close_waits()
+
     def reserve(self, size: int) -> int:
         """Have the descriptor stand *size* bytes further on; return where it stood.
 

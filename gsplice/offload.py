@@ -6,20 +6,23 @@ behind a slow disk.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
+import struct
 import sys
 import weakref
 from collections import Counter, deque
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any, Final, Protocol
 
 from gevent._hub_local import get_hub_if_exists
 from gevent.event import Event
+from gevent.lock import Semaphore
 from gevent.monkey import get_original
 from greenlet import getcurrent
 
-from ._linux import in_forked_child
+from ._linux import F_OFD_GETLK, F_UNLCK, F_WRLCK, fcntl, in_forked_child
 from ._stats import counters
 from .config import settings
 
@@ -30,42 +33,14 @@ _close: Callable[[int], None] = get_original("os", "close")
 _ATTRIBUTE: Final = "_gsplice_threads"
 
 
-class _HasDescriptor(Protocol):
-    def fileno(self) -> int: ...
-
-
 class Loan(Protocol):
-    """Something of the greenlet's that a thread uses as well, such as a pipe."""
+    """Something of the greenlet's that a thread uses as well: a pipe, a duplicate."""
 
     #: Whether the thread has it for good, as its greenlet has ended first.
     lent: bool
 
     def close(self) -> None:
         """Give it up."""
-
-
-def run(
-    key: Hashable,
-    files: Sequence[_HasDescriptor],
-    job: Callable[..., Any],
-    *args: Any,
-    loan: Loan | None = None,
-) -> Any:
-    """Do ``job(*descriptors of files, *args)`` on a thread while the hub serves others.
-
-    Returns what the job returns, and its OSError, too, instead of raising it: what is raised here
-    was thrown into the greenlet that waits, or comes from ``fileno()``. The job may be under way
-    then. It works on duplicates of the descriptors, which are its own, and *loan* is the thread's
-    from then on: it is closed when the job ends.
-
-    Jobs of one *key* (a filesystem) get half the threads at the most; whoever comes first is served
-    first. Without a hub that could serve others meanwhile, without a descriptor left, and with the
-    policy ``never``, the job is done here.
-    """
-    hub = hub_to_serve()
-    if hub is None or settings.offload == "never":
-        return _outcome(job, [file.fileno() for file in files], args)
-    return _threads(hub).run(key, files, job, args, loan)
 
 
 def hub_to_serve() -> Any:
@@ -76,39 +51,80 @@ def hub_to_serve() -> Any:
     return None if hub is getcurrent() else hub
 
 
+def threads() -> Threads | None:
+    """Return the threads of this greenlet's hub; None where nobody could run meanwhile."""
+    hub = None if settings.offload == "never" else hub_to_serve()
+    if hub is None:
+        return None
+    try:
+        return hub.__dict__[_ATTRIBUTE]  # type: ignore[no-any-return]
+    except KeyError:
+        made = hub.__dict__[_ATTRIBUTE] = Threads(hub)
+        return made
+
+
+def here(job: Callable[..., Any], fds: Sequence[int], args: tuple[Any, ...]) -> Any:
+    """Do ``job(*fds, *args)``; return what it returns, its OSError too."""
+    try:
+        return job(*fds, *args)
+    except OSError as err:
+        return err.with_traceback(None)  # whose frames hold on to what the job used
+
+
 #: Every open duplicate, for a forked child to close: the thread that would does not exist there.
 _alive: Final[dict[int, weakref.ref[Descriptor]]] = {}
+
+#: Duplicates of files that somebody has locked: closing one would drop this process's own locks.
+_kept: Final[list[Descriptor]] = []
 
 
 class Descriptor:
     """A duplicate of a descriptor, valid for its owner whatever becomes of the first."""
 
-    __slots__ = ("__weakref__", "fd")
+    __slots__ = ("__weakref__", "fd", "lent")
 
     def __init__(self, fd: int) -> None:
         self.fd = -1
+        self.lent = False
         self.fd = os.dup(fd)
         _alive[self.fd] = weakref.ref(self)
 
-    def close(
+    def close(self) -> None:
+        """Close it, once, or when the file is no longer locked: see fcntl(2), Record locks.
+
+        May wait: a FUSE filesystem is told of each close, and is asked about locks.
+        """
+        _kept.append(self)
+        for each in [*_kept]:
+            if each.fd < 0 or not _is_locked(each.fd):
+                with contextlib.suppress(ValueError):  # another thread has just done it
+                    _kept.remove(each)
+                    each.__del__()
+
+    def __del__(
         self,
         _forget: Callable[..., object] = _alive.pop,
         _close: Callable[[int], None] = _close,
     ) -> None:
-        """Close it, once. May wait: a FUSE filesystem is told of each close."""
         fd, self.fd = self.fd, -1
         if fd >= 0:
             _forget(fd, None)
-            _close(fd)
+            with contextlib.suppress(OSError):  # the user's own close reports it
+                _close(fd)
 
-    __del__ = close
 
-
-def _outcome(job: Callable[..., Any], fds: list[int], args: tuple[Any, ...]) -> Any:
+def _is_locked(fd: int) -> bool:
+    """Say whether any process has a record lock on the file that *fd* is open on."""
     try:
-        return job(*fds, *args)
-    except OSError as err:
-        return err.with_traceback(None)  # whose frames hold on to what the job used
+        answer = fcntl(fd, F_OFD_GETLK, _ANY_LOCK)
+    except OSError:
+        return False
+    return bool(struct.unpack(_FLOCK, answer)[0] != F_UNLCK)
+
+
+#: ``struct flock``: l_type, l_whence, l_start, l_len, l_pid. A write lock on all would meet any.
+_FLOCK: Final = "hhqqi0q"
+_ANY_LOCK: Final = struct.pack(_FLOCK, F_WRLCK, 0, 0, 0, 0)
 
 
 class _Task:
@@ -118,35 +134,39 @@ class _Task:
     decides whether the job begins; who does not get the last has to clean up.
     """
 
-    __slots__ = ("_args", "_first", "_job", "_last", "_loan", "_owned")
+    __slots__ = ("_args", "_fds", "_first", "_job", "_last", "_loans")
 
     def __init__(
-        self, owned: list[Descriptor], job: Callable[..., Any], args: Any, loan: Loan | None
+        self, job: Callable[..., Any], fds: Sequence[int], args: Any, loans: Sequence[Loan]
     ) -> None:
-        self._owned = owned
         self._job = job
+        self._fds = fds
         self._args = args
-        self._loan = loan
+        self._loans = loans
         self._first, self._last = [None], [None]
 
     def __call__(self) -> Any:
         """Do the job. Called on the thread."""
+        if not _take(self._first):
+            return None
         try:
-            if not _take(self._first):
-                return None
-            return _outcome(self._job, [each.fd for each in self._owned], self._args)
+            return here(self._job, self._fds, self._args)
         finally:
-            for each in self._owned:
-                each.close()
-            loan, self._loan, self._args = self._loan, None, ()  # the thread's frame may live on
-            if not _take(self._last) and loan is not None:
-                loan.close()
+            is_ours = not _take(self._last)  # before the loans are forgotten: see give_up()
+            loans, self._loans, self._args = self._loans, (), ()  # the thread's frame may live on
+            if is_ours:
+                for loan in loans:
+                    loan.close()
 
-    def give_up(self) -> None:
-        """Leave the loan to the thread, if that is using it. Called on the hub."""
-        loan = self._loan
-        if not _take(self._first) and _take(self._last) and loan is not None:
-            loan.lent = True
+    def give_up(self) -> bool:
+        """Leave the loans to the thread, if it is using them; say whether it began. On the hub."""
+        loans = self._loans
+        if _take(self._first):
+            return False
+        if _take(self._last):
+            for loan in loans:
+                loan.lent = True
+        return True
 
 
 def _take(tokens: list[None]) -> bool:
@@ -157,10 +177,29 @@ def _take(tokens: list[None]) -> bool:
     return True
 
 
+class TurnToWrite:
+    """The right to have a thread write to a file, which lasts as long as that writes."""
+
+    __slots__ = ("_hub", "_semaphore", "lent")
+
+    def __init__(self, hub: Any, semaphore: Semaphore) -> None:
+        self._hub = hub
+        self._semaphore = semaphore
+        self.lent = False
+
+    def end(self) -> None:
+        """End it. Called on the hub."""
+        self._semaphore.release()
+
+    def close(self) -> None:
+        """End it. Called on a thread."""
+        self._hub.loop.run_callback_threadsafe(self._semaphore.release)
+
+
 class Threads:
     """The threads of one hub, and who waits for one."""
 
-    __slots__ = ("_pool", "_queue", "_running", "waiting")
+    __slots__ = ("_busy", "_pool", "_queue", "_running", "_writers", "waiting")
 
     def __init__(self, hub: Any) -> None:
         from gevent import config
@@ -168,81 +207,101 @@ class Threads:
 
         idle = config.threadpool_idle_task_timeout
         self._pool = ThreadPool(settings.threads, hub=hub, idle_task_timeout=idle)
-        self._queue: deque[tuple[Hashable, Event]] = deque()
-        self._running: Counter[Hashable] = Counter()
+        self._queue: deque[tuple[frozenset[int], Event]] = deque()
+        #: How many jobs are under way, and how many of them for each device.
+        self._busy = 0
+        self._running: Counter[int] = Counter()
+        self._writers: weakref.WeakValueDictionary[Hashable, Semaphore] = (
+            weakref.WeakValueDictionary()
+        )
         #: The greenlets that wait, for a thread or for the end of their job.
         self.waiting: set[Any] = set()
 
     def run(
         self,
-        key: Hashable,
-        files: Sequence[_HasDescriptor],
+        devices: Iterable[int],
         job: Callable[..., Any],
+        fds: Sequence[int],
         args: tuple[Any, ...],
-        loan: Loan | None,
+        loans: Sequence[Loan],
     ) -> Any:
-        """Have *job* done by a thread, and wait for it. See :func:`run`."""
+        """Do ``job(*fds, *args)`` on a thread while the hub serves others.
+
+        Returns what the job returns, and its OSError, too, instead of raising it: what is raised
+        here was thrown into the greenlet that waits. The job may be under way then, and *loans*,
+        which are all that it uses, are the thread's: it closes them when the job ends.
+
+        Jobs for one of the *devices* get half the threads at the most; whoever comes first is
+        served first. If no thread can be started, the job is done here.
+        """
+        turn = frozenset(devices)
         greenlet = getcurrent()
         self.waiting.add(greenlet)
         try:
-            self._wait_for_turn(key)
+            self._wait_for_turn(turn)
+            task = _Task(job, fds, args, loans)
+            result = None
             try:
-                try:
-                    owned = [Descriptor(file.fileno()) for file in files]
-                except OSError:  # no descriptor left
-                    self._end_turn(key)
-                    return _outcome(job, [file.fileno() for file in files], args)
-                task = _Task(owned, job, args, loan)
                 result = self._pool.spawn(task)  # does not wait, as there is a thread for it
-            except BaseException:
-                self._end_turn(key)
-                raise
-            counters.add("offloads", 1)
-            result.rawlink(lambda _: self._end_turn(key))
-            try:
+                result.rawlink(lambda _: self._end_turn(turn))
+                counters.add("offloads", 1)
                 return result.get()
-            except BaseException:
-                task.give_up()
+            except BaseException as err:
+                begun = task.give_up()
+                if result is None:
+                    self._end_turn(turn)
+                    if not begun and isinstance(err, (RuntimeError, MemoryError)):
+                        return here(job, fds, args)
                 raise
         finally:
             self.waiting.discard(greenlet)
 
-    def _may_run(self, key: Hashable) -> bool:
-        threads = settings.threads
-        return self._running.total() < threads and self._running[key] < (threads + 1) // 2
+    def turn_to_write(self, file: Hashable) -> TurnToWrite:
+        """Wait until no thread writes to *file*; return what ends the turn that begins then."""
+        semaphore = self._writers.get(file)
+        if semaphore is None:
+            semaphore = self._writers[file] = Semaphore()
+        greenlet = getcurrent()
+        self.waiting.add(greenlet)
+        try:
+            semaphore.acquire()
+        finally:
+            self.waiting.discard(greenlet)
+        return TurnToWrite(self._pool.hub, semaphore)
 
-    def _wait_for_turn(self, key: Hashable) -> None:
-        if not any(waiting == key for waiting, _ in self._queue) and self._may_run(key):
-            self._running[key] += 1
+    def _may_run(self, turn: frozenset[int]) -> bool:
+        threads = settings.threads
+        most = (threads + 1) // 2
+        return self._busy < threads and all(self._running[device] < most for device in turn)
+
+    def _wait_for_turn(self, turn: frozenset[int]) -> None:
+        if self._may_run(turn):  # no one in the queue may
+            self._begin_turn(turn)
             return
-        place = key, Event()
+        place = turn, Event()
         self._queue.append(place)
         try:
             place[1].wait()
         except BaseException:
             if place[1].is_set():
-                self._end_turn(key)
+                self._end_turn(turn)
             else:
                 self._queue.remove(place)
             raise
 
-    def _end_turn(self, key: Hashable) -> None:
-        self._running[key] -= 1
-        if not self._running[key]:
-            del self._running[key]
+    def _begin_turn(self, turn: frozenset[int]) -> None:
+        self._busy += 1
+        self._running.update(turn)
+
+    def _end_turn(self, turn: frozenset[int]) -> None:
+        self._busy -= 1
+        self._running.subtract(turn)
+        self._running += Counter()  # forgets the devices that nobody uses
         for place in [*self._queue]:
             if self._may_run(place[0]):
                 self._queue.remove(place)
-                self._running[place[0]] += 1
+                self._begin_turn(place[0])
                 place[1].set()
-
-
-def _threads(hub: Any) -> Threads:
-    try:
-        return hub.__dict__[_ATTRIBUTE]  # type: ignore[no-any-return]
-    except KeyError:
-        threads = hub.__dict__[_ATTRIBUTE] = Threads(hub)
-        return threads
 
 
 def forked() -> OSError:
@@ -260,7 +319,7 @@ def _after_fork_in_child() -> None:
     for ref in [*_alive.values()]:
         descriptor = ref()
         if descriptor is not None:
-            descriptor.close()
+            descriptor.__del__()  # locks are the parent's
     hub = get_hub_if_exists()
     threads = hub.__dict__.pop(_ATTRIBUTE, None) if hub is not None else None
     if threads is None:

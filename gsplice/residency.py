@@ -7,10 +7,10 @@ The first of these that has an answer for a file is asked:
 - The type of the filesystem: in memory there is nothing to wait for. It is asked for on a thread,
   since statfs(2) waits for the server of a FUSE filesystem; until it is known, the file is not
   resident.
-- mincore(2) knows each page of a range (FUSE, overlayfs), for those who own the file or may write
-  it. cachestat(2) would cost half as much, but counts pages that are still being read as well: of
-  two clients that want the same file, the second would wait for the first one's disk. On NFS and
-  CIFS mmap(2) may wait for the server.
+- mincore(2) knows each page of a range (overlayfs), for those who own the file or may write it. It
+  is not asked on FUSE, NFS and CIFS, where mmap(2) and munmap(2) may wait for the server.
+  cachestat(2) has no answer on overlayfs, and elsewhere counts pages that are still being read: of
+  two clients that want the same file, the second would wait for the first one's disk.
 
 Where there is no answer, a file counts as not resident. Where a range was not, more of it goes by a
 thread without asking, as what the kernel reads ahead is soon resident in part.
@@ -18,7 +18,10 @@ thread without asking, as what the kernel reads ahead is soon resident in part.
 
 from __future__ import annotations
 
+import errno
+import mmap
 import os
+import random
 import time
 from collections.abc import Callable
 from typing import Any, Final
@@ -45,8 +48,8 @@ _ON_DISK: Final = frozenset(
     {0xEF53, 0x58465342, 0x9123683E, 0xF2F52010, 0x2FC12FC1, 0xCA451A4E, 0x794C7630}
 )
 
-#: ``f_type`` of where mincore(2) is asked: FUSE, overlayfs.
-_LOOKED_AT: Final = frozenset({0x65735546, 0x794C7630})
+_OVERLAYFS: Final = 0x794C7630
+_FUSE: Final = 0x65735546
 
 #: The type of the filesystem of each device, None if it can't be had, and when that was asked.
 _types: Final[dict[int, tuple[int | None, float]]] = {}
@@ -126,6 +129,10 @@ class Residency:
             return False
         return size > BIG_WRITE or filesystem not in _ON_DISK
 
+    def close_waits(self) -> bool:
+        """Say whether a server may be told of a close."""
+        return _filesystem(self._status.st_dev) not in _IN_MEMORY | _ON_DISK
+
     def _question(self, fd: int, offset: int) -> _Question | None:
         """Return what answers for this file; None if that is not known yet."""
         if self._ask is None:
@@ -146,9 +153,26 @@ class Residency:
             return None
         if filesystem in _IN_MEMORY:
             return _all
-        if filesystem in _LOOKED_AT and not in_core(fd, self._status.st_size + STRIDE, 1):
+        if filesystem == _OVERLAYFS and not in_core(fd, self._status.st_size + STRIDE, 1):
             return _look
         return _none
+
+
+def refuse_uncached(fd: int) -> None:
+    """Raise OSError (EOPNOTSUPP) where splice(2) would give what the page cache has kept.
+
+    A FUSE filesystem may want every read to reach it (``direct_io``); splice(2) does not care. Such
+    a file can't be mapped either. Called on a thread.
+    """
+    if filesystem_type(fd) != _FUSE:
+        return
+    try:
+        mmap.mmap(fd, 1, mmap.MAP_SHARED, mmap.PROT_READ).close()
+    except ValueError:  # it is empty
+        pass
+    except OSError as err:
+        if err.errno == errno.ENODEV:
+            raise OSError(errno.EOPNOTSUPP, "the file must not be cached") from None
 
 
 def read_resident(fd: int, offset: int, size: int) -> bytes | None:
@@ -173,9 +197,10 @@ def _none(fd: int, offset: int, end: int) -> int:
 
 
 def _probe(fd: int, offset: int, end: int) -> int:
-    """Return up to where *offset*, and the page at the end of each stride from there, is resident.
+    """Return up to where *offset*, and a page of each stride from there, is resident.
 
-    Nowhere, if the kernel may only just have read them ahead of somebody.
+    Nowhere, if the kernel may only just have read them ahead of somebody. Which page of a stride is
+    looked at is left to chance, so that no client can choose what goes unnoticed.
     """
     try:
         if os.preadv(fd, _ONE_BYTE, offset, RWF_NOWAIT) == 0:
@@ -183,7 +208,8 @@ def _probe(fd: int, offset: int, end: int) -> int:
         os.preadv(fd, _ONE_BYTE, end + READ_AHEAD, RWF_NOWAIT)
         while offset < end:
             following = min(offset + STRIDE, end)
-            if os.preadv(fd, _ONE_BYTE, following - 1, RWF_NOWAIT) == 0:
+            looked_at = offset + int(random.random() * (following - offset))
+            if os.preadv(fd, _ONE_BYTE, looked_at, RWF_NOWAIT) == 0:
                 break
             offset = following
     except OSError:  # EAGAIN: not resident

@@ -24,11 +24,13 @@ from .endpoints import Endpoint, File, Pipe, Socket
 __all__ = ["Transfer", "file_to_socket", "is_small", "move", "read"]
 
 
-def is_small(src: File) -> bool:
-    """Say whether reading what is left of *src*, all resident, is as fast as anything."""
+def is_small(src: File, dst: Endpoint) -> bool:
+    """Say whether reading what is left of *src*, all resident, and writing it is fast enough."""
     src.offset = src.obj.tell()
     left = src.left()
-    return 0 < left <= SMALL and src.ready(left) == left
+    if not 0 < left <= SMALL or src.ready(left) < left:
+        return False
+    return not (isinstance(dst, File) and dst.write_waits(left))
 
 
 def move(transfer: Transfer, src: Endpoint, dst: Endpoint) -> bool:

@@ -7,7 +7,7 @@ import os
 import shutil
 import socket as stdlib_socket
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +73,16 @@ def connection(kind: str = "tcp", buffers: int | None = None) -> tuple[Any, Any]
             for option in (stdlib_socket.SO_SNDBUF, stdlib_socket.SO_RCVBUF):
                 sock.setsockopt(stdlib_socket.SOL_SOCKET, option, buffers)
     return pair
+
+
+@contextlib.contextmanager
+def mounted(place: Path, *arguments: str | Path) -> Iterator[None]:
+    """Mount something at *place*: needs root, as CI is."""
+    subprocess.run(["mount", *arguments, place], check=True)
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "--lazy", place], check=True)
 
 
 class Ends(contextlib.ExitStack):

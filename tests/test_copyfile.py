@@ -14,7 +14,7 @@ from typing import Any
 import gevent
 import pytest
 from conftest import counting, digest, file_of, open_descriptors, some_bytes
-from ends import GUARD, MiB, threads_done, until
+from ends import GUARD, MiB, mounted, threads_done, until
 from gevent.monkey import get_original
 from slowfs import SlowFS
 
@@ -199,16 +199,6 @@ def test_a_replaced_system_call_is_called(tmp_path: Path, monkeypatch: pytest.Mo
         get_original("shutil", "copyfile")(file_of(tmp_path / "from", SIZE), tmp_path / "to")
     assert called
     assert grown.fallbacks == {"replaced": 1}
-
-
-@contextlib.contextmanager
-def mounted(place: Path, *arguments: str | Path) -> Iterator[None]:
-    """Mount something at *place*: needs root, as CI is."""
-    subprocess.run(["mount", *arguments, place], check=True)
-    try:
-        yield
-    finally:
-        subprocess.run(["umount", "--lazy", place], check=True)
 
 
 @pytest.mark.parametrize("copy", ["copyfile", "copyfileobj"])

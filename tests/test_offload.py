@@ -12,10 +12,12 @@ import hashlib
 import json
 import os
 import socket
+import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
-from fcntl import F_SETPIPE_SZ, fcntl
+from fcntl import F_SETPIPE_SZ, LOCK_EX, fcntl, lockf
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +87,12 @@ def cold(path: Path, size: int, seed: int = 0) -> Path:
     with file_of(path, size, seed).open("rb+") as file:
         drop(file.fileno())
     return path
+
+
+def hub_threads() -> offload.Threads:
+    threads = offload.threads()
+    assert threads is not None
+    return threads
 
 
 class Clock:
@@ -341,22 +349,6 @@ def test_a_file_read_by_another_client_is_waited_for_on_a_thread(
         assert client.get(timeout=GUARD)[1:] == (digest(some_bytes(1 * MiB)), 1 * MiB)
 
 
-def test_a_warm_file_of_a_slow_filesystem_needs_no_thread(
-    slow: SlowFS, tmp_path: Path, name: str
-) -> None:
-    path = slow.mount / name
-    file_of(slow.directory / name, 1 * MiB)
-    # From the server, when it is also learned what filesystem it is.
-    outcome(tmp_path, "sendfile", TO_SOCKET["sendfile"][0], path)
-    slow.hold(name)
-    with counting() as grown:
-        got = outcome(tmp_path, "sendfile", TO_SOCKET["sendfile"][0], path)
-    slow.release(name)
-    assert got == (1 * MiB, digest(some_bytes(1 * MiB)), 1 * MiB)
-    assert grown.bytes_sendfile == 1 * MiB
-    assert grown.offloads <= 1  # to learn that the file has not grown
-
-
 @pytest.fixture
 def many_held(slow: SlowFS, tmp_path: Path, name: str) -> Iterator[list[str]]:
     """More transfers than there are threads, all held."""
@@ -450,7 +442,7 @@ def test_who_has_had_a_turn_queues_behind_those_who_wait() -> None:
 
     def two_jobs(number: int) -> None:
         for turn in range(2):
-            assert offload.run("fair", (), held.job, (turn, number)) == (turn, number)
+            assert hub_threads().run((1,), held.job, (), ((turn, number),), ()) == (turn, number)
 
     workers = [gevent.spawn(two_jobs, number) for number in range(LANE + 3)]
     until(lambda: len(held.begun) == LANE)
@@ -969,7 +961,7 @@ def test_two_writers_to_one_file(slow: SlowFS, tmp_path: Path, name: str, place:
 def test_two_writers_one_of_whom_is_killed(
     slow: SlowFS, tmp_path: Path, name: str, clock: Clock
 ) -> None:
-    """What the other one writes behind the piece that is under way stays."""
+    """The other one waits until the thread has written, and then writes where the file stands."""
     first, second = some_bytes(100 * KiB), some_bytes(3000, seed=1)
     with Ends(tmp_path) as ends:
         dst = ends.enter_context((slow.mount / name).open("wb", 0))
@@ -978,7 +970,6 @@ def test_two_writers_one_of_whom_is_killed(
         slow.hold(name, "write")
         killed = ends.spawn(gsplice.copyfileobj, ours.makefile("rb", 0), dst)
         until(lambda: slow.begun(name, "write"))
-        behind = dst.tell()
         other, feeder = ends.connect("unix")
         feeder.sendall(second)
         feeder.close()
@@ -989,8 +980,8 @@ def test_two_writers_one_of_whom_is_killed(
         slow.release(name, "write")
         writing.get(timeout=GUARD)
         threads_done()
-        assert dst.tell() == behind + len(second)
-    assert (slow.directory / name).read_bytes()[behind:] == second
+        assert dst.tell() == len(second)
+    assert (slow.directory / name).read_bytes()[: len(second)] == second
 
 
 # ---- processes, hubs and threads
@@ -1031,7 +1022,7 @@ if pid == 0:
     gevent.sleep(0)
     print(json.dumps([left, error, moved, after.pipes_in_use]), flush=True)
     # A thread of its own serves the child.
-    print(gsplice.offload.run('', (), lambda: 'served'), flush=True)
+    print(gsplice.offload.threads().run((), lambda: 'served', (), (), ()), flush=True)
     os._exit(0)
 assert os.waitpid(pid, 0)[1] == 0
 print('forked', flush=True)
@@ -1123,7 +1114,7 @@ def test_a_hub_in_another_thread(
             hub.destroy(destroy_loop=True)
 
     gevent.get_hub()
-    assert offload.run("", (), lambda: 1) == 1
+    assert hub_threads().run((), lambda: 1, (), (), ()) == 1
     main = gevent.get_hub().__dict__["_gsplice_threads"]
     before = native_threads()
     with counting() as grown:
@@ -1226,3 +1217,105 @@ def test_the_variables(slow: SlowFS, name: str, threads: int, policy: str, offlo
         assert (total > 0) == offloads
         assert tasks <= 1 + threads
     assert process.returncode == 0
+
+
+# ---- what the duplicates of descriptors must not do
+
+
+@pytest.mark.parametrize("end", ["source", "sink"])
+def test_a_lock_outlives_a_copy(tmp_path: Path, end: str) -> None:
+    """Closing any descriptor of a file drops the locks that the process has on it: fcntl(2)."""
+    path = cold(tmp_path / "from", 3 * MiB)
+    with path.open("rb+") as src, (tmp_path / "to").open("wb") as dst, counting() as grown:
+        locked = src if end == "source" else dst
+        lockf(locked, LOCK_EX)
+        gsplice.copyfileobj(src, dst)
+        other = "import fcntl, sys; fcntl.lockf(open(sys.argv[1], 'rb+'), 6)  # LOCK_EX | LOCK_NB"
+        refused = subprocess.run([sys.executable, "-c", other, locked.name], capture_output=True)
+        assert b"BlockingIOError" in refused.stderr
+        kept = len(offload._kept)
+    assert grown.offloads > 0
+    assert kept == 1
+    with path.open("rb") as src, (tmp_path / "to2").open("wb") as dst:
+        gsplice.copyfileobj(src, dst)  # closes what was kept
+    assert not offload._kept
+
+
+def test_what_must_not_be_cached_is_read_anew(tmp_path: Path) -> None:
+    size = 300 * KiB
+    with SlowFS(tmp_path, "--direct-io") as slow:
+        file_of(slow.directory / "file", size)
+        with (slow.mount / "file").open("rb") as src, counting() as grown:
+            for seed in (0, 1):
+                file_of(slow.directory / "file", size, seed)
+                src.seek(0)
+                with Ends(slow.control) as ends:
+                    sock, finish = ends.sink("bare_unix")
+                    assert sock.sendfile(src) == size
+                    assert digest(finish()) == digest(some_bytes(size, seed))
+    assert grown.bytes_copied == 2 * size
+    assert grown.offloads > 0
+
+
+@pytest.mark.parametrize("place", ["same", "across"])
+def test_two_files_copied_into_one_leave_no_hole(tmp_path: Path, place: str) -> None:
+    size = 5 * MiB
+    with contextlib.ExitStack() as stack:
+        where = tmp_path
+        if place == "across":
+            where = Path(stack.enter_context(tempfile.TemporaryDirectory(dir="/dev/shm")))
+        paths = [file_of(where / str(seed), size, seed) for seed in range(2)]
+        with (tmp_path / "to").open("wb", 0) as dst, counting() as grown:
+            files = [stack.enter_context(path.open("rb")) for path in paths]
+            copying = [gevent.spawn(gsplice.copyfileobj, src, dst) for src in files]
+            gevent.joinall(copying, timeout=GUARD, raise_error=True)
+    got = (tmp_path / "to").read_bytes()
+    assert len(got) == 2 * size
+    pieces = [got[at : at + MiB] for at in range(0, len(got), MiB)]
+    contents = (some_bytes(size, seed) for seed in range(2))
+    assert sorted(pieces) == sorted(
+        data[at : at + MiB] for data in contents for at in range(0, size, MiB)
+    )
+    assert grown.offloads > 0
+
+
+def test_where_no_thread_can_be_started_the_job_is_done_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_thread(pool: Any) -> None:
+        raise RuntimeError("can't start new thread")
+
+    size = 3 * MiB
+    threads_of_its_own = offload.Threads(gevent.get_hub())
+    monkeypatch.setitem(gevent.get_hub().__dict__, "_gsplice_threads", threads_of_its_own)
+    with monkeypatch.context() as patch:
+        patch.setattr(gevent.threadpool.ThreadPool, "_add_thread", no_thread)
+        path = cold(tmp_path / "cold", size)
+        with Ends(tmp_path) as ends, path.open("rb") as src, counting() as grown:
+            sock, finish = ends.sink("bare_unix")
+            assert sock.sendfile(src) == size
+            assert digest(finish()) == digest(some_bytes(size))
+    assert grown.offloads == 0
+    assert threads_of_its_own._busy == 0
+    assert not +threads_of_its_own._running
+    threads_of_its_own._pool.adjust()  # for what was left in its queue: nothing is done twice
+    until(lambda: not len(threads_of_its_own._pool))
+
+
+def test_one_filesystem_gets_half_of_the_threads_whatever_it_is_copied_to() -> None:
+    threads, going = hub_threads(), []
+    gate = get_original("threading", "Event")()
+
+    def wait_for(devices: tuple[int, ...]) -> None:
+        threads.run(devices, gate.wait, (), (GUARD,), ())
+
+    try:
+        going = [gevent.spawn(wait_for, (1,)) for _ in range(LANE)]
+        going += [gevent.spawn(wait_for, (1, 2)) for _ in range(LANE)]
+        until(lambda: threads._running[1] == LANE)
+        assert threads.run((2,), lambda: "served", (), (), ()) == "served"
+        assert threads._running[1] == LANE
+    finally:
+        gate.set()
+        gevent.joinall(going, timeout=GUARD, raise_error=True)
+    assert threads._busy == 0

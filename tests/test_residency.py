@@ -11,7 +11,7 @@ from pathlib import Path
 import gevent
 import pytest
 from conftest import file_of, some_bytes
-from ends import KiB, MiB, until
+from ends import KiB, MiB, mounted, until
 from slowfs import SlowFS
 
 from gsplice import _linux, residency
@@ -111,13 +111,21 @@ def test_it_ends_before_a_hole_in_the_page_cache(disk: int) -> None:
     assert asked(disk).ready(disk, 2 * MiB, 4 * MiB) == 4 * MiB
 
 
-def test_the_end_of_each_stride_counts(disk: int) -> None:
-    at = 3 * STRIDE - 4 * KiB
+def test_each_stride_counts(disk: int) -> None:
     drop(disk)
-    warm(disk, 0, at)
-    warm(disk, at + 4 * KiB, 8 * MiB - at - 4 * KiB)
-    assert not in_core(disk, at, 1)
+    warm(disk, 0, 2 * STRIDE)
+    warm(disk, 3 * STRIDE, 8 * MiB - 3 * STRIDE)
+    assert not in_core(disk, 2 * STRIDE, 1)
     assert asked(disk).ready(disk, 0, 4 * MiB) == 2 * STRIDE
+
+
+def test_nobody_can_choose_what_goes_unnoticed(disk: int) -> None:
+    """Requests for single bytes leave the pages at the ends of the strides."""
+    drop(disk)
+    for offset in range(0, 8 * MiB, STRIDE):
+        for page in (offset, offset + STRIDE - 4 * KiB):
+            warm(disk, page, 4 * KiB)
+    assert asked(disk).ready(disk, 0, 8 * MiB) < 8 * MiB
 
 
 def test_what_was_only_read_ahead_does_not_count(disk: int) -> None:
@@ -225,16 +233,31 @@ def test_fuse_has_no_answer_of_its_own(far: int) -> None:
         read_resident(far, 0, 1)
 
 
-def test_fuse_in_the_page_cache_or_not(far: int) -> None:
+def test_fuse_is_not_asked(far: int) -> None:
+    """What mmap(2) and munmap(2) do there may need the server."""
+    warm(far, 0, 8 * MiB)
     assert asked(far).ready(far, 0, 1 * MiB) == 0
     assert asked(far).read(far, 0, 100) is None
-    warm(far, 0, 8 * MiB)
-    assert asked(far).ready(far, 0, 8 * MiB) == 8 * MiB
-    assert asked(far).ready(far, 4097, 1000) == 1000
-    assert asked(far).read(far, 4097, 1000) == some_bytes(8 * MiB)[4097:5097]
-    os.posix_fadvise(far, 1 * MiB, 4 * KiB, os.POSIX_FADV_DONTNEED)
-    assert asked(far).ready(far, 0, 8 * MiB) == 0
-    assert asked(far).ready(far, 0, 1 * MiB) == 1 * MiB
+    assert asked(far).close_waits()
+
+
+def test_overlayfs_in_the_page_cache_or_not(tmp_path: Path) -> None:
+    for name in ("lower", "upper", "work", "merged"):
+        (tmp_path / name).mkdir()
+    file_of(tmp_path / "lower" / "file", 8 * MiB)
+    layers = f"lowerdir={tmp_path}/lower,upperdir={tmp_path}/upper,workdir={tmp_path}/work"
+    with (
+        mounted(tmp_path / "merged", "-t", "overlay", "-o", layers, "overlay"),
+        opened(tmp_path / "lower" / "file") as below,
+        opened(tmp_path / "merged" / "file", os.O_RDONLY) as fd,
+    ):
+        drop(below)
+        assert asked(fd).ready(fd, 0, 1 * MiB) == 0
+        assert asked(fd).read(fd, 0, 100) is None
+        warm(fd, 0, 8 * MiB)
+        assert asked(fd).ready(fd, 0, 8 * MiB) == 8 * MiB
+        assert asked(fd).ready(fd, 4097, 1000) == 1000
+        assert asked(fd).read(fd, 4097, 1000) == some_bytes(8 * MiB)[4097:5097]
 
 
 def test_each_page_counts(far: int) -> None:
@@ -257,7 +280,6 @@ def test_pages_under_way_do_not_count(slow: SlowFS, far: int) -> None:
     until(lambda: slow.begun(name))
     try:
         assert not in_core(far, 0, 4 * KiB)
-        assert asked(far).ready(far, 0, 4 * KiB) == 0
     finally:
         slow.release(name)
     assert reading.get() == some_bytes(8 * MiB)[: 64 * KiB]
