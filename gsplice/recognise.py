@@ -14,8 +14,9 @@ import os
 import socket as stdlib_socket
 import stat
 import sys
+from collections.abc import Mapping
 from socket import AF_INET, AF_INET6, SOCK_STREAM
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from gevent.socket import socket as GeventSocket
 
@@ -24,6 +25,8 @@ from .endpoints import Endpoint, File, Pipe, Socket
 from .offload import hub_to_serve
 
 SocketIO: Any = stdlib_socket.SocketIO  # with its private attributes
+
+_Entry = TypeVar("_Entry")
 
 _BUFFER: Final = "buffer"
 _RAW: Final = "raw"
@@ -43,8 +46,12 @@ _BY_NAME: Final = {
     ("gevent._fileobjectcommon", "FileIO"): _RAW,
     ("gevent._fileobjectposix", "FileObjectPosix"): "io",
     ("gevent._fileobjectcommon", "FileObjectBlock"): "io",
+    ("django.core.files.base", "File"): "file",
     ("tempfile", "_TemporaryFileWrapper"): "file",
 }
+
+#: Writers that send to the socket they keep there, without a buffer.
+_WRITERS: Final = {("socketserver", "_SocketWriter"): "_sock"}
 
 #: An instance that has one of these in its own dictionary does not do what its type does.
 _FILE_METHODS: Final = frozenset(
@@ -105,6 +112,9 @@ def source(obj: Any) -> Endpoint:
 
 def sink(obj: Any) -> Endpoint:
     """Return the end that *obj* writes to. Raises NotOurs."""
+    attribute = by_name(type(obj), _WRITERS)
+    if attribute is not None and overrides_nothing(obj):
+        return stream_socket(getattr(obj, attribute))
     buffer, raw = _layers(obj, "destination_type")
     if not buffer.writable():
         raise NotOurs("destination_type")
@@ -171,17 +181,25 @@ def overrides_nothing(obj: Any) -> bool:
     return _FILE_METHODS.isdisjoint(obj.__dict__)
 
 
+def by_name(cls: type, table: Mapping[tuple[str, str], _Entry]) -> _Entry | None:
+    """Return what *table* has under the module and name of *cls*, if that name leads to *cls*."""
+    try:
+        entry = table.get((cls.__module__, cls.__name__))
+    except TypeError:  # a name that can't be hashed
+        return None
+    if entry is not None and getattr(sys.modules.get(cls.__module__), cls.__name__, None) is cls:
+        return entry
+    return None
+
+
 def _role(cls: type) -> str | None:
     try:
         role = _known.get(cls)
-        named = _BY_NAME.get((cls.__module__, cls.__name__)) if role is None else None
-    except TypeError:  # a class, or a name, that can't be hashed
+    except TypeError:  # a class that can't be hashed
         return None
     if role is None:
-        role = named
+        role = by_name(cls, _BY_NAME)
         if role is not None:
-            if getattr(sys.modules.get(cls.__module__), cls.__name__, None) is not cls:
-                return None
             _known[cls] = role
     return role
 

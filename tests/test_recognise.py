@@ -6,6 +6,7 @@ import io
 import os
 import shutil
 import socket as stdlib_socket
+import socketserver
 import ssl
 import subprocess
 import sys
@@ -104,7 +105,7 @@ METHODS = ["read", "read1", "readinto", "readall", "peek", "write", "seek", "tel
 @pytest.mark.parametrize("layer", ["buffer", "raw"])
 @pytest.mark.parametrize("name", METHODS)
 def test_an_instance_with_a_method_of_its_own_is_not_taken(bench, name, layer):
-    file = bench.keep(open(bench.path(b"some bytes"), "r+b"))
+    file = bench.keep(bench.path(b"some bytes").open("r+b"))
     target = file if layer == "buffer" else file.raw
     setattr(target, name, lambda *args: pytest.fail("was called"))
     assert role(source, file) == "source_type"
@@ -291,7 +292,7 @@ def test_a_subclass_that_changes_nothing_is_taken(bench):
     assert role(stream_socket, sender) == SOCKET
     received = receiver(peer)
     with counting() as grown:
-        assert sender.sendfile(bench.keep(open(bench.path(BIG), "rb"))) == len(BIG)
+        assert sender.sendfile(bench.keep(bench.path(BIG).open("rb"))) == len(BIG)
         sender.close()
         assert received.get() == BIG
     assert grown.bytes_sendfile == len(BIG)
@@ -318,7 +319,7 @@ def test_a_blocking_descriptor_is_not_taken(bench, timeout):
     reader = bench.keep(stdlib_socket.socket(fileno=os.dup(peer.fileno())))
     received = bench.in_thread(receive_all, reader)
     with counting() as grown:
-        assert sock.sendfile(bench.keep(open(bench.path(BIG), "rb"))) == len(BIG)
+        assert sock.sendfile(bench.keep(bench.path(BIG).open("rb"))) == len(BIG)
     sock.close()
     assert received.get() == BIG
     assert grown.fallbacks == {"blocking": 1}
@@ -379,7 +380,7 @@ def test_files_of_tls_sockets_are_copied_by_the_original(bench):
     received = bench.spawn(lambda: peer.makefile("rb").read(len(BIG)))
     with counting() as grown:
         sink_file = sender.makefile("wb")
-        shutil.copyfileobj(bench.keep(open(bench.path(BIG), "rb")), sink_file)
+        shutil.copyfileobj(bench.keep(bench.path(BIG).open("rb")), sink_file)
         sink_file.flush()
         assert received.get() == BIG
     assert grown.fallbacks == {"socket_type": 1}
@@ -476,7 +477,7 @@ def test_in_the_hub_a_socket_is_not_taken(bench):
 def test_in_the_hub_sendfile_fails_as_the_original_does(bench):
     def attempt(function: Callable[..., Any]) -> type[BaseException]:
         sender, _ = bench.pair()
-        file = bench.keep(open(bench.path(BIG), "rb"))
+        file = bench.keep(bench.path(BIG).open("rb"))
         with pytest.raises(BaseException) as caught:
             in_the_hub(lambda: function(sender, file))
         return caught.type
@@ -579,3 +580,52 @@ def test_what_is_never_ours_is_not_remembered():
     for _ in range(100):
         assert role(source, type("Made", (), {})()) == "source_type"
     assert len(recognise._known) == before
+
+
+# --- wrappers of other libraries ---
+
+
+def test_what_socketserver_writes_to_is_its_socket(bench):
+    sender, peer = bench.pair()
+    writer = socketserver._SocketWriter(sender)
+    assert role(sink, writer) == SOCKET
+    assert role(source, writer) == "source_type"
+    receiving = receiver(peer)
+    with counting() as grown:
+        shutil.copyfileobj(bench.keep(bench.path(BIG).open("rb")), writer)
+    sender.close()
+    assert receiving.get() == BIG
+    assert (grown.bytes_sendfile, grown.fallbacks) == (len(BIG), {})
+
+
+def test_what_else_socketserver_may_write_to_is_not_ours(bench):
+    class Writer(socketserver._SocketWriter):
+        pass
+
+    sender, _ = bench.pair()
+    assert role(sink, Writer(sender)) == "destination_type"
+    own = socketserver._SocketWriter(sender)
+    own.write = own.write
+    assert role(sink, own) == "destination_type"
+    with stdlib_socket.socket() as blocking:
+        assert role(sink, socketserver._SocketWriter(blocking)) == "socket_type"
+    sender.close()
+    assert role(sink, socketserver._SocketWriter(sender)) == "closed"
+
+
+def test_djangos_file_is_the_file_in_it(bench):
+    django = pytest.importorskip("django.core.files.base")
+
+    class Own(django.File):
+        pass
+
+    def make(cls=django.File):
+        return cls(bench.keep(bench.path(b"some bytes").open("r+b")))
+
+    assert role(source, make()) == role(sink, make()) == FILE
+    assert role(source, make(Own)) == role(source, django.ContentFile(b"x")) == "source_type"
+    closed = make()
+    closed.close()
+    assert role(source, closed) == "closed"
+    closed.file = None
+    assert role(source, closed) == "source_type"
