@@ -15,6 +15,7 @@ from typing import Any
 
 from ._linux import AF_UNIX
 from ._stats import counters
+from ._wsgi_files import Part, find
 from .config import SMALL
 from .endpoints import File, Socket
 from .recognise import NotOurs, regular_file, stream_socket
@@ -91,20 +92,14 @@ def replacements(handler_class: Any) -> SimpleNamespace:
         return environ
 
     def process_result(self: Any) -> None:
-        if _is_file_wrapper(self.result):
+        part = find(self.result)
+        if part is not None:
             try:
-                response = _FileResponse(self, handler_class)
+                response = _FileResponse(self, handler_class, part)
             except NotOurs as reason:
                 counters.fell_back(reason.args[0])
-                declared = _declared_length(self)
-                if self.headers_sent:
-                    self.close_connection = True  # how much of the length has gone, nobody knows
-                elif declared is not None and type(self.result) is FileWrapper:
-                    self.result.stop_after(declared)
-                if self.command == "HEAD" and self.status:
-                    if not self.headers_sent:
-                        self.write(b"")
-                    return  # no body, nor the end of a chunked one
+                if _is_file_wrapper(self.result) and _needs_no_body(self):
+                    return
             else:
                 response.send()
                 return
@@ -129,6 +124,10 @@ def _is_file_wrapper(result: object) -> bool:
     )
 
 
+def _cut(length: int, most: int | None) -> int:
+    return length if most is None else min(length, most)
+
+
 def _declared_length(handler: Any) -> int | None:
     """Return the Content-Length that the application gave, if it gave one that makes sense."""
     declared = handler.provided_content_length
@@ -137,12 +136,29 @@ def _declared_length(handler: Any) -> int | None:
     return None
 
 
+def _needs_no_body(handler: Any) -> bool:
+    """Have a wrapper that is iterated over keep to the declared length; True: it needn't be."""
+    declared = _declared_length(handler)
+    if handler.headers_sent:
+        handler.close_connection = True  # how much of the length has gone, nobody knows
+    elif declared is not None and type(handler.result) is FileWrapper:
+        handler.result.stop_after(declared)
+    if handler.command == "HEAD" and handler.status:
+        if not handler.headers_sent:
+            handler.write(b"")
+        return True  # no body, nor the end of a chunked one
+    return False
+
+
 class _FileResponse:
-    """A response whose body is a plain file. Making one raises NotOurs if it is anything else."""
+    """A response whose body is *part* of a plain file.
 
-    __slots__ = ("_dst", "_first", "_handler", "_length", "_src")
+    Making one raises NotOurs if it is anything else; nothing has changed then.
+    """
 
-    def __init__(self, handler: Any, handler_class: Any) -> None:
+    __slots__ = ("_declared", "_dst", "_first", "_handler", "_length", "_src")
+
+    def __init__(self, handler: Any, handler_class: Any, part: Part) -> None:
         overridden = any(
             getattr(type(handler), name) is not getattr(handler_class, name) for name in _WAY_OUT
         )
@@ -160,27 +176,25 @@ class _FileResponse:
             raise NotOurs("response")
         self._handler = handler
         self._dst: Socket = stream_socket(handler.socket)
-        self._src: File = regular_file(handler.result.filelike)
-        self._src.offset = self._src.obj.tell()
-        self._length = self._declare_length()
-
-    def _declare_length(self) -> int:
-        """Return the length that the headers declare: the application's, or that of the file."""
-        handler = self._handler
-        if handler.provided_content_length is None:
-            if not self._src.status.st_size:
-                raise NotOurs("small")  # or one that doesn't know its size, as in /proc
-            # In sysfs the size is that of a page: what a small file really has is what counts.
-            length = max(0, self._src.status.st_size - self._src.offset)
-            length = self._read_small(length)
-            handler.provided_content_length = str(length)
-            handler.response_headers.append((b"Content-Length", b"%d" % length))
-            return length
+        self._src: File = regular_file(part.file)
         declared = _declared_length(handler)
         if declared is None:
-            raise NotOurs("response")
-        self._read_small(declared)
-        return declared
+            if handler.provided_content_length is not None or not _is_file_wrapper(handler.result):
+                raise NotOurs("response")
+            if not self._src.status.st_size:
+                raise NotOurs("small")  # or one that doesn't know its size, as in /proc
+        self._src.offset = self._src.obj.seek(part.start, part.whence)
+        if declared is None:
+            left = max(0, self._src.left())
+            # In sysfs the size is that of a page: what a small file really has is what counts.
+            declared = self._read_small(_cut(left, part.length))
+            self._length = declared
+            handler.provided_content_length = str(declared)
+            handler.response_headers.append((b"Content-Length", b"%d" % declared))
+        else:
+            self._length = _cut(declared, part.length)
+            self._read_small(self._length)
+        self._declared = declared
 
     def _read_small(self, length: int) -> int:
         """Read all if *length* is small, so that a disk error becomes pywsgi's error response.
@@ -228,7 +242,7 @@ class _FileResponse:
             if tcp:
                 with contextlib.suppress(OSError):  # closed meanwhile
                     handler.socket.setsockopt(IPPROTO_TCP, _TCP_CORK, 0)
-        if transfer.room(1):
+        if not head and transfer.delivered < self._declared:
             handler.close_connection = True
 
     def _send_rest(self, transfer: Transfer) -> None:
