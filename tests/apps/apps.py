@@ -1,0 +1,194 @@
+"""Applications that the tests start in servers of their own: one file, by every framework.
+
+The environment says which directory is served (``APPS_ROOT``), and whether gsplice is used
+(``APPS_GSPLICE``). A framework is imported when it is first asked for.
+"""
+
+from __future__ import annotations
+
+import functools
+import http.server
+import json
+import os
+import shutil
+import socket
+import socketserver
+import sys
+from collections.abc import Callable
+from typing import Any
+from wsgiref.util import FileWrapper, shift_path_info
+
+if __name__ == "__main__":
+    import gevent.monkey
+
+    gevent.monkey.patch_all()
+
+import gsplice
+
+ROOT = os.environ["APPS_ROOT"]
+FILE = os.path.join(ROOT, "file.bin")
+
+if os.environ["APPS_GSPLICE"] == "1":
+    gsplice.patch_all()
+
+App = Callable[[dict[str, Any], Callable[..., Any]], Any]
+
+
+def plain() -> App:
+    def app(environ: dict[str, Any], start_response: Callable[..., Any]) -> Any:
+        headers = [("Content-Length", str(os.path.getsize(FILE)))]
+        start_response("200 OK", headers)
+        return environ.get("wsgi.file_wrapper", FileWrapper)(open(FILE, "rb"))
+
+    return app
+
+
+def wsgiref() -> App:
+    """The standard library's wrapper, whatever the server offers."""
+    app = plain()
+    return lambda environ, start_response: app(
+        environ | {"wsgi.file_wrapper": FileWrapper}, start_response
+    )
+
+
+def flask() -> App:
+    from flask import Flask, send_file, send_from_directory
+
+    app = Flask("apps")
+    app.add_url_rule("/send_file", "send_file", lambda: send_file(FILE))
+    app.add_url_rule("/<name>", "directory", lambda name: send_from_directory(ROOT, name))
+    return app
+
+
+def django() -> App:
+    from django.conf import settings
+    from django.core.files import File
+    from django.core.wsgi import get_wsgi_application
+    from django.http import FileResponse
+    from django.urls import path
+
+    urls = (
+        path("file.bin", lambda request: FileResponse(open(FILE, "rb"))),
+        path("File", lambda request: FileResponse(File(open(FILE, "rb")))),
+    )
+    settings.configure(
+        ALLOWED_HOSTS=["*"],
+        ROOT_URLCONF=urls,
+        SECRET_KEY="apps",
+        MIDDLEWARE=["django.middleware.http.ConditionalGetMiddleware"],
+    )
+    return get_wsgi_application()
+
+
+def bottle() -> App:
+    import bottle
+
+    app = bottle.Bottle()
+    app.route("/<name>", callback=lambda name: bottle.static_file(name, ROOT))
+    return app
+
+
+def whitenoise() -> App:
+    from whitenoise import WhiteNoise
+
+    return WhiteNoise(None, root=ROOT)
+
+
+def webob() -> App:
+    from webob.static import FileApp
+
+    return FileApp(FILE)
+
+
+def falcon() -> App:
+    import falcon
+
+    app = falcon.App()
+    app.add_static_route("/", ROOT)
+    return app
+
+
+def pyramid() -> App:
+    from pyramid.config import Configurator
+    from pyramid.response import FileResponse
+
+    with Configurator() as config:
+        config.add_route("wrapped", "/file.bin")
+        config.add_view(lambda request: FileResponse(FILE, request), route_name="wrapped")
+        config.add_route("unwrapped", "/FileIter")
+        config.add_view(lambda request: FileResponse(FILE), route_name="unwrapped")
+        return config.make_wsgi_app()
+
+
+@functools.cache
+def framework(name: str) -> App:
+    makers = [plain, wsgiref, flask, django, bottle, whitenoise, webob, falcon, pyramid]
+    return {maker.__name__: maker for maker in makers}[name]()
+
+
+def seen() -> bytes:
+    """Return gsplice's counters, and how many of the served files are open now."""
+    fds = [f"/proc/self/fd/{fd}" for fd in os.listdir("/proc/self/fd")]
+    open_files = sum(os.path.lexists(fd) and os.readlink(fd).startswith(ROOT) for fd in fds)
+    return json.dumps(gsplice.stats().as_dict() | {"open_files": open_files}).encode()
+
+
+def app(environ: dict[str, Any], start_response: Callable[..., Any]) -> Any:
+    name = shift_path_info(environ)
+    if name == "stats":
+        answer = seen()
+        start_response("200 OK", [("Content-Length", str(len(answer)))])
+        return [answer]
+    return framework(name)(environ, start_response)
+
+
+class HTTPHandler(http.server.SimpleHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args, directory=ROOT)
+
+    def do_GET(self) -> None:
+        if self.path != "/stats":
+            return super().do_GET()
+        answer = seen()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(answer)))
+        self.end_headers()
+        self.wfile.write(answer)
+        return None
+
+    def log_message(self, *args: Any) -> None:
+        pass
+
+
+class LineHandler(socketserver.StreamRequestHandler):
+    """Answers a line: ``stats``, or the way in which to send the file."""
+
+    def handle(self) -> None:
+        asked = self.rfile.readline().strip()
+        if asked == b"stats":
+            self.wfile.write(seen())
+            return
+        with open(FILE, "rb") as file:
+            if asked == b"copyfileobj":
+                shutil.copyfileobj(file, self.wfile)
+            else:
+                self.request.sendfile(file)
+
+
+def main(kind: str, listener: socket.socket) -> None:
+    if kind == "pywsgi":
+        from gevent.pywsgi import WSGIServer
+
+        server: Any = WSGIServer(listener, app, log=None)
+    else:
+        handler: Any = {"http.server": HTTPHandler, "socketserver": LineHandler}[kind]
+        server = socketserver.ThreadingTCPServer(("", 0), handler, bind_and_activate=False)
+        server.socket.close()
+        server.socket = listener
+    server.serve_forever()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], socket.socket(fileno=int(sys.argv[2])))

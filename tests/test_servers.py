@@ -1,0 +1,260 @@
+"""Servers and frameworks as people run them: the same answers with gsplice, by the fast way."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import signal
+import socket
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import digest, ended_with, file_of, receive_all
+
+APPS = Path(__file__).with_name("apps")
+SIZE = 1_000_003
+
+WSGI = ["pywsgi", "gunicorn-gevent", "gunicorn-gevent_pywsgi"]
+
+
+def command(kind: str, fd: int) -> list[str]:
+    if not kind.startswith("gunicorn"):
+        return [sys.executable, str(APPS / "apps.py"), kind, str(fd)]
+    conf = str(APPS / "gunicorn.conf.py")
+    worker = kind.removeprefix("gunicorn-")
+    return [sys.executable, "-m", "gunicorn", "-c", conf, "-k", worker, "-b", f"fd://{fd}"] + [
+        "--chdir",
+        str(APPS),
+        "apps:app",
+    ]
+
+
+class Server:
+    """A server in a process of its own, and what a client can ask it."""
+
+    def __init__(self, address: Any) -> None:
+        self.address = address
+
+    def connect(self) -> socket.socket:
+        return socket.create_connection(self.address, timeout=60)
+
+    def ask(self, asked: bytes) -> bytes:
+        """Send *asked* on one connection and return all that comes until it is closed."""
+        with self.connect() as sock:
+            sock.sendall(asked)
+            return receive_all(sock)
+
+    def seen(self) -> Any:
+        answer = self.ask(request("/stats"))
+        return json.loads(answer[answer.index(b"{") :])
+
+
+@contextlib.contextmanager
+def serving(kind: str, root: Path, patched: bool) -> Iterator[Server]:
+    environ = os.environ | {"APPS_ROOT": str(root), "APPS_GSPLICE": str(int(patched))}
+    environ["PYTHONHASHSEED"] = "0"  # werkzeug lists methods in the order of a set
+    with socket.create_server(("127.0.0.1", 0), backlog=64) as listener:
+        fd = listener.fileno()
+        options = {"env": environ, "pass_fds": [fd], "start_new_session": True}
+        with ended_with(command(kind, fd), **options) as process:
+            try:
+                yield Server(listener.getsockname())
+            finally:
+                os.killpg(process.pid, signal.SIGKILL)  # gunicorn's workers as well
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: Any) -> Path:
+    directory: Path = tmp_path_factory.mktemp("served")
+    file_of(directory / "file.bin", SIZE)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def servers(root: Path) -> Iterator[Callable[[str, bool], Server]]:
+    """Start a server when it is first asked for."""
+    started: dict[tuple[str, bool], Server] = {}
+    with contextlib.ExitStack() as stack:
+
+        def get(kind: str, patched: bool) -> Server:
+            if (kind, patched) not in started:
+                started[kind, patched] = stack.enter_context(serving(kind, root, patched))
+            return started[kind, patched]
+
+        yield get
+
+
+def request(
+    path: str, *headers: str, method: str = "GET", version: str = "1.1", close: bool = True
+) -> bytes:
+    lines = [f"{method} {path} HTTP/{version}", "Host: x", *headers]
+    if close and version == "1.1":
+        lines.append("Connection: close")
+    return "\r\n".join([*lines, "", ""]).encode()
+
+
+MIDDLE = "Range: bytes=200001-700000"
+
+#: What is sent on one connection for a path whose ETag and Last-Modified are known.
+EXCHANGES: dict[str, Callable[[str, str, str], list[bytes]]] = {
+    "whole": lambda path, etag, date: [request(path)],
+    "middle": lambda path, etag, date: [request(path, MIDDLE)],
+    "suffix": lambda path, etag, date: [request(path, "Range: bytes=-300000")],
+    "from": lambda path, etag, date: [request(path, "Range: bytes=400000-")],
+    "beginning": lambda path, etag, date: [request(path, "Range: bytes=0-499999")],
+    "everything": lambda path, etag, date: [request(path, f"Range: bytes=0-{SIZE - 1}")],
+    "beyond": lambda path, etag, date: [request(path, "Range: bytes=900000-2000000")],
+    "few": lambda path, etag, date: [request(path, "Range: bytes=5-104")],
+    "last": lambda path, etag, date: [request(path, "Range: bytes=-1")],
+    "unsatisfiable": lambda path, etag, date: [request(path, "Range: bytes=2000000-")],
+    "several": lambda path, etag, date: [request(path, "Range: bytes=0-9,20-29")],
+    "If-None-Match": lambda path, etag, date: [request(path, f"If-None-Match: {etag}")],
+    "If-Modified-Since": lambda path, etag, date: [request(path, f"If-Modified-Since: {date}")],
+    "If-Range": lambda path, etag, date: [request(path, MIDDLE, f"If-Range: {etag or date}")],
+    "stale": lambda path, etag, date: [request(path, MIDDLE, 'If-Range: "other"')],
+    "HEAD": lambda path, etag, date: [request(path, method="HEAD")],
+    "HEAD of a range": lambda path, etag, date: [request(path, MIDDLE, method="HEAD")],
+    "HEAD kept alive": lambda path, etag, date: [
+        request(path, method="HEAD", close=False),
+        request(path, MIDDLE),
+    ],
+    "POST": lambda path, etag, date: [request(path, "Content-Length: 0", method="POST")],
+    "HTTP/1.0": lambda path, etag, date: [request(path, version="1.0")],
+    "HTTP/1.0 kept alive": lambda path, etag, date: [
+        request(path, MIDDLE, "Connection: keep-alive", version="1.0"),
+        request(path, version="1.0"),
+    ],
+    "pipelined": lambda path, etag, date: [
+        request(path, MIDDLE, close=False),
+        request(path, close=False),
+        request(path, "Range: bytes=5-104", close=False),
+        request(path, f"If-None-Match: {etag}", close=False),
+        request(path, MIDDLE),
+    ],
+}
+
+#: For each path the servers on which a whole file, and a range of one, go the fast way.
+PYWSGI = {"pywsgi", "gunicorn-gevent_pywsgi"}
+EVERY = set(WSGI)
+FAST: dict[str, tuple[set[str], set[str]]] = {
+    "/plain/": (EVERY, set()),
+    "/wsgiref/": (PYWSGI, set()),
+    "/flask/send_file": (EVERY, PYWSGI),
+    "/flask/file.bin": (EVERY, PYWSGI),
+    "/django/file.bin": (EVERY, set()),
+    "/django/File": (EVERY, set()),
+    "/bottle/file.bin": (EVERY, set()),
+    "/whitenoise/file.bin": (EVERY, PYWSGI),
+    "/webob/": (EVERY, PYWSGI),
+    "/falcon/file.bin": (EVERY, PYWSGI),
+    "/pyramid/file.bin": (EVERY, PYWSGI),
+    "/pyramid/FileIter": (PYWSGI, PYWSGI),
+}
+#: These know no ranges.
+WHOLE_ONLY = {path for path, (_, part) in FAST.items() if not part} - {"/bottle/file.bin"}
+#: These leave it to the server to send no body after HEAD, which pywsgi without us does not do.
+HEAD_WITH_BODY = {"/plain/", "/wsgiref/", "/django/file.bin", "/django/File"}
+
+
+def comparable(answer: bytes) -> tuple[list[str], str]:
+    """Return the heads in *answer*, and a short name for all of it, but for what never is equal."""
+    answer = re.sub(rb"\r\n(?:Date|Server): [^\r]*", b"", answer)
+    heads = re.findall(rb"HTTP/1\.[01] [0-9]{3} .*?\r\n\r\n", answer, re.DOTALL)
+    return [head.decode("latin-1") for head in heads], digest(answer)
+
+
+def header(name: str, answer: bytes) -> str:
+    found = re.search(rf"\r\n{name}: ([^\r]*)".encode(), answer.partition(b"\r\n\r\n")[0])
+    return found[1].decode() if found else ""
+
+
+def sendfile_grown(server: Server, asked: bytes) -> tuple[bytes, int]:
+    """Return the answer, and how many of its bytes went by sendfile."""
+    before = server.seen()["bytes_sendfile"]
+    answer = server.ask(asked)
+    return answer, server.seen()["bytes_sendfile"] - before
+
+
+@pytest.mark.parametrize("path", FAST)
+@pytest.mark.parametrize("kind", WSGI)
+def test_the_answers_are_the_same(servers: Any, root: Path, kind: str, path: str) -> None:
+    content = (root / "file.bin").read_bytes()
+    ours, theirs = servers(kind, True), servers(kind, False)
+    first = theirs.ask(request(path))
+    etag, date = header("ETag", first), header("Last-Modified", first)
+    for name, exchange in EXCHANGES.items():
+        asked = b"".join(exchange(path, etag, date))
+        answer = theirs.ask(asked)
+        if name.startswith("HEAD") and kind in PYWSGI and path in HEAD_WITH_BODY:
+            answer = answer.replace(content, b"", 1)
+        assert comparable(ours.ask(asked)) == comparable(answer), name
+    assert ours.seen()["open_files"] == theirs.seen()["open_files"] == 0
+    assert theirs.seen()["transfers"] == 0
+
+
+@pytest.mark.parametrize("path", FAST)
+@pytest.mark.parametrize("kind", WSGI)
+def test_the_fast_way(servers: Any, root: Path, kind: str, path: str) -> None:
+    content = (root / "file.bin").read_bytes()
+    server = servers(kind, True)
+    whole, part = FAST[path]
+    answer, sent = sendfile_grown(server, request(path))
+    assert answer.partition(b"\r\n\r\n")[2] == content
+    assert sent == (SIZE if kind in whole else 0)
+    if path not in WHOLE_ONLY:
+        answer, sent = sendfile_grown(server, request(path, MIDDLE))
+        assert b" 206 " in answer.partition(b"\r\n")[0]
+        assert answer.partition(b"\r\n\r\n")[2] == content[200_001:700_001]
+        assert sent == (500_000 if kind in part else 0)
+
+
+@pytest.mark.parametrize("kind", WSGI)
+def test_a_client_that_goes_away(servers: Any, root: Path, kind: str) -> None:
+    """The file is closed, and others are answered."""
+    content = (root / "file.bin").read_bytes()
+    server = servers(kind, True)
+    for path in FAST:
+        for headers in ([], [MIDDLE]):
+            with server.connect() as sock:
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, bytes([1, 0, 0, 0] + [0] * 4))
+                sock.sendall(request(path, *headers))
+                sock.recv(1)
+    while server.seen()["open_files"]:
+        pass
+    assert server.ask(request("/plain/")).endswith(content)
+
+
+@pytest.mark.parametrize("exchange", ["whole", "If-Modified-Since", "HEAD", "HTTP/1.0"])
+def test_http_server(servers: Any, root: Path, exchange: str) -> None:
+    ours, theirs = servers("http.server", True), servers("http.server", False)
+    date = header("Last-Modified", theirs.ask(request("/file.bin")))
+    asked = b"".join(EXCHANGES[exchange]("/file.bin", "", date))
+    answer, sent = sendfile_grown(ours, asked)
+    assert comparable(answer) == comparable(theirs.ask(asked))
+    assert sent == (SIZE if exchange in ("whole", "HTTP/1.0") else 0)
+    assert ours.seen()["open_files"] == theirs.seen()["transfers"] == 0
+
+
+def test_http_server_keeps_the_connection(servers: Any) -> None:
+    get = request("/file.bin", close=False)
+    asked = get + request("/file.bin", method="HEAD", close=False) + get + request("/missing")
+    answers = [servers("http.server", patched).ask(asked) for patched in (True, False)]
+    assert comparable(answers[0]) == comparable(answers[1])
+    assert len(comparable(answers[0])[0]) == 4
+
+
+@pytest.mark.parametrize("way", ["copyfileobj", "sendfile"])
+def test_socketserver(servers: Any, root: Path, way: str) -> None:
+    server = servers("socketserver", True)
+    before = json.loads(server.ask(b"stats\n"))
+    assert server.ask(f"{way}\n".encode()) == (root / "file.bin").read_bytes()
+    after = json.loads(server.ask(b"stats\n"))
+    assert after["bytes_sendfile"] - before["bytes_sendfile"] == SIZE
+    assert (
+        servers("socketserver", False).ask(f"{way}\n".encode()) == (root / "file.bin").read_bytes()
+    )
