@@ -47,6 +47,8 @@ _BY_NAME: Final = {
     ("gevent._fileobjectposix", "FileObjectPosix"): "io",
     ("gevent._fileobjectcommon", "FileObjectBlock"): "io",
     ("django.core.files.base", "File"): "file",
+    ("django.core.files.uploadedfile", "TemporaryUploadedFile"): "file",
+    ("django.db.models.fields.files", "FieldFile"): "file",
     ("tempfile", "_TemporaryFileWrapper"): "file",
 }
 
@@ -160,7 +162,7 @@ def stream_socket(sock: Any) -> Socket:
 def _layers(obj: Any, reason: str) -> tuple[Any, Any]:
     """Return the buffer (or the raw file, if it has none) and the raw file that *obj* is."""
     role = _role(type(obj)) if LINUX else None
-    if role not in (_BUFFER, _RAW, None):
+    while role not in (_BUFFER, _RAW, None):
         obj = _unwrap(obj, role, reason)
         role = _role(type(obj))
     raw = obj

@@ -16,6 +16,7 @@ import threading
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import gevent
@@ -629,3 +630,23 @@ def test_djangos_file_is_the_file_in_it(bench):
     assert role(source, closed) == "closed"
     closed.file = None
     assert role(source, closed) == "source_type"
+
+
+def test_djangos_field_files_and_uploads_are_the_file_in_them(bench):
+    django = pytest.importorskip("django.core.files.base")
+    fields = pytest.importorskip("django.db.models.fields.files")
+    uploaded = pytest.importorskip("django.core.files.uploadedfile")
+    stored = django.File(bench.keep(bench.path(BIG).open("rb")))
+    storage = SimpleNamespace(open=lambda name, mode: stored)
+    field = fields.FieldFile(None, SimpleNamespace(storage=storage), "name")
+    assert role(source, field) == FILE
+    with counting() as grown:
+        shutil.copyfileobj(field, bench.keep(bench.path().open("wb")))
+    assert grown.transfers == 1
+    assert stored.tell() == field.tell() == len(BIG)
+    stored.file.read = lambda size: b""
+    assert role(source, field) == "source_type"
+
+    upload = uploaded.TemporaryUploadedFile.__new__(uploaded.TemporaryUploadedFile)
+    upload.file = bench.keep(tempfile.NamedTemporaryFile())
+    assert role(source, upload) == FILE
