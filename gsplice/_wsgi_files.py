@@ -44,7 +44,7 @@ def find(result: object) -> Part | None:
         if part is None:
             take = _lookup(result, _RANGES)
             part = None if take is None else take(result)
-    except AttributeError:  # a version that is different inside
+    except (AttributeError, TypeError):  # a version that is different inside
         return None
     if (
         part is None
