@@ -26,12 +26,9 @@ def command(kind: str, fd: int) -> list[str]:
     if not kind.startswith("gunicorn"):
         return [sys.executable, str(APPS / "apps.py"), kind, str(fd)]
     conf = str(APPS / "gunicorn.conf.py")
-    worker = kind.removeprefix("gunicorn-")
-    return [sys.executable, "-m", "gunicorn", "-c", conf, "-k", worker, "-b", f"fd://{fd}"] + [
-        "--chdir",
-        str(APPS),
-        "apps:app",
-    ]
+    worker, *options = kind.removeprefix("gunicorn-").split()
+    where = ["-b", f"fd://{fd}", "--chdir", str(APPS), "apps:app"]
+    return [sys.executable, "-m", "gunicorn", "-c", conf, "-k", worker, *options, *where]
 
 
 class Server:
@@ -227,6 +224,17 @@ def test_a_client_that_goes_away(servers: Any, root: Path, kind: str) -> None:
     while server.seen()["open_files"]:
         pass
     assert server.ask(request("/plain/")).endswith(content)
+
+
+@pytest.mark.parametrize("worker", ["gevent", "gevent_pywsgi"])
+def test_gunicorn_with_an_application_loaded_before_the_fork(root: Path, worker: str) -> None:
+    """Which worker answers is left to chance, but it is the same one for all of a connection."""
+    content = (root / "file.bin").read_bytes()
+    with serving(f"gunicorn-{worker} --preload --workers 2", root, True) as server:
+        for _ in range(4):
+            answer = server.ask(request("/plain/", close=False) + request("/stats"))
+            assert content in answer
+            assert json.loads(answer[answer.rindex(b'{"pipes') :])["bytes_sendfile"] >= SIZE
 
 
 @pytest.mark.parametrize("exchange", ["whole", "If-Modified-Since", "HEAD", "HTTP/1.0"])
