@@ -50,6 +50,8 @@ def copyfileobj(fsrc: Any, fdst: Any, length: int = 0) -> None:
             raise NotOurs("arguments")
         src, dst = source(fsrc), sink(fdst)
         different_files(src, dst)
+        if length and length < 0 and not isinstance(src, File) and src.must_read_on:
+            raise NotOurs("arguments")  # a response does not stop at the end of its body then
     except NotOurs as reason:
         counters.fell_back(reason.args[0])
     else:

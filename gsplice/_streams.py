@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 
 from . import pipes
@@ -22,14 +23,17 @@ def directly(transfer: Transfer, src: Socket | Pipe, dst: Endpoint) -> str | Non
     both are waited for, one after the other. Lets out what splice(2) says of the ends.
     """
     waited = False
-    while (asked := transfer.room(PIECE)) > 0:
+    while (asked := transfer.room(min(PIECE, src.left()))) > 0:
         result = _splice(transfer, src, dst, asked)
         if isinstance(result, OSError) and not isinstance(result, BlockingIOError):
             if result.errno in REFUSALS:
                 return "refused"
+            if result.errno != errno.EPIPE:  # that one is the destination's
+                src.failed(result)
             raise result
         number = result if isinstance(result, int) else None
         if number:
+            src.took(number)
             transfer.moved(number, "bytes_spliced")
             transfer.give_way()
             waited = False
@@ -69,7 +73,7 @@ def through_pool(transfer: Transfer, src: Socket, dst: Endpoint) -> str | None:
     nothing, or *dst* has no room. Lets out what splice(2) says of the ends.
     """
     waited = False
-    while (asked := transfer.room(PIECE)) > 0:
+    while (asked := transfer.room(min(PIECE, src.left()))) > 0:
         pipe = pipes.acquire()
         if pipe is None:
             return "no_pipe"
@@ -116,8 +120,8 @@ def fill(pipe: pipes.Pipe, src: Socket, asked: int) -> int | None:
     """Splice at most *asked* bytes from *src* into *pipe*, which is empty on entry.
 
     On exit ``pipe.pending`` is what it holds, and returned. 0 is end of file, and nothing else is;
-    None: *src* has nothing now, and the pipe is still empty. Lets out _Refused, and what splice(2)
-    says of *src*, with the pipe still empty.
+    None: *src* has nothing now, and the pipe is still empty. Lets out _Refused, and what *src*
+    makes of an error of splice(2), with the pipe still empty.
     """
     fd = src.fileno()
     pipe.pending = pipes.UNKNOWN  # until the call has told: an exception may come in between
@@ -130,7 +134,8 @@ def fill(pipe: pipes.Pipe, src: Socket, asked: int) -> int | None:
         pipe.pending = 0  # splice(2) answers with an error only if it moved nothing
         if err.errno in REFUSALS:
             raise _Refused from None
-        raise
+        src.failed(err)
+    src.took(pipe.pending)
     return pipe.pending
 
 

@@ -62,6 +62,10 @@ PIECE: Final = 2 * MiB
 #: up to 100 KiB or so (benchmarks/file_to_socket.py), and nothing about them can surprise.
 SMALL: Final = 64 * KiB
 
+#: The largest body of an HTTP response, by its length, that its own read() gets: to a file in
+#: memory this is where splice begins to cost less (benchmarks/download.py).
+SMALL_BODY: Final = 1 * MiB
+
 #: sendfile() reads so much without asking first how big the file is.
 TINY: Final = 16 * KiB
 

@@ -14,7 +14,7 @@ import os
 import select
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar, NoReturn
 
 from gevent import get_hub
 from gevent import socket as gsocket
@@ -140,9 +140,23 @@ class _Stream:
 
     __slots__ = ("obj", "raw")
 
+    #: Whether only a read of the object's own, after all has been moved, finds its end.
+    must_read_on: ClassVar[bool] = False
+
     def __init__(self, obj: Any, raw: Any) -> None:
         self.obj = obj
         self.raw = raw
+
+    def left(self) -> int:
+        """Return how many bytes may be taken: all that come."""
+        return sys.maxsize
+
+    def took(self, number: int) -> None:
+        """Note that *number* bytes have been taken from the descriptor, not yet delivered."""
+
+    def failed(self, err: OSError) -> NoReturn:
+        """Raise *err*, which the descriptor has given to whoever read from it."""
+        raise err
 
     def read_ahead(self, most: int | None) -> bytes:
         """Take what the object has read ahead, *most* bytes of it. Neither reads nor waits."""

@@ -20,7 +20,9 @@ from typing import Any, Final, TypeVar
 
 from gevent.socket import socket as GeventSocket
 
+from ._http import Body, body_of, response_behind
 from ._linux import AF_UNIX, F_GETFL, LINUX, fcntl
+from .config import SMALL_BODY
 from .endpoints import Endpoint, File, Pipe, Socket
 from .offload import hub_to_serve
 
@@ -30,8 +32,10 @@ _Entry = TypeVar("_Entry")
 
 _BUFFER: Final = "buffer"
 _RAW: Final = "raw"
+_RESPONSE: Final = "response"
 
-#: The types taken, as a buffer, a raw file, or a wrapper (then: where it keeps what it wraps).
+#: The types taken, as a buffer, a raw file, an HTTP response, or a wrapper (then: where it keeps
+#: what it wraps).
 _known: Final[dict[type, str]] = {
     io.BufferedReader: _BUFFER,
     io.BufferedWriter: _BUFFER,
@@ -50,6 +54,8 @@ _BY_NAME: Final = {
     ("django.core.files.uploadedfile", "TemporaryUploadedFile"): "file",
     ("django.db.models.fields.files", "FieldFile"): "file",
     ("tempfile", "_TemporaryFileWrapper"): "file",
+    ("http.client", "HTTPResponse"): _RESPONSE,
+    ("urllib3.response", "HTTPResponse"): _RESPONSE,
 }
 
 #: Writers that send to the socket they keep there, without a buffer.
@@ -104,7 +110,10 @@ class NotOurs(Exception):
 
 def source(obj: Any) -> Endpoint:
     """Return the end that *obj* reads from. Raises NotOurs."""
-    buffer, raw = _layers(obj, "source_type")
+    role = _role(type(obj)) if LINUX else None
+    if role is _RESPONSE:
+        return _body(obj)
+    buffer, raw = _layers(obj, role, "source_type")
     if not buffer.readable():
         raise NotOurs("source_type")
     if type(raw) is SocketIO and raw._timeout_occurred:
@@ -117,7 +126,10 @@ def sink(obj: Any) -> Endpoint:
     attribute = by_name(type(obj), _WRITERS)
     if attribute is not None and overrides_nothing(obj):
         return stream_socket(getattr(obj, attribute))
-    buffer, raw = _layers(obj, "destination_type")
+    role = _role(type(obj)) if LINUX else None
+    if role is _RESPONSE:
+        raise NotOurs("destination_type")
+    buffer, raw = _layers(obj, role, "destination_type")
     if not buffer.writable():
         raise NotOurs("destination_type")
     end = _endpoint(buffer, raw, "destination_type")
@@ -159,10 +171,22 @@ def stream_socket(sock: Any) -> Socket:
     return Socket(None, None, sock)
 
 
-def _layers(obj: Any, reason: str) -> tuple[Any, Any]:
+def _body(obj: Any) -> Body:
+    """Return the body of the response *obj*. Raises NotOurs."""
+    response = response_behind(obj)
+    if response is None:
+        raise NotOurs("body")
+    if response.length is not None and response.length <= SMALL_BODY:
+        raise NotOurs("small")
+    end = source(response.fp)
+    if type(end) is not Socket:
+        raise NotOurs("source_type")
+    return body_of(obj, response, end)
+
+
+def _layers(obj: Any, role: str | None, reason: str) -> tuple[Any, Any]:
     """Return the buffer (or the raw file, if it has none) and the raw file that *obj* is."""
-    role = _role(type(obj)) if LINUX else None
-    while role not in (_BUFFER, _RAW, None):
+    while role not in (_BUFFER, _RAW, _RESPONSE, None):
         obj = _unwrap(obj, role, reason)
         role = _role(type(obj))
     raw = obj

@@ -34,7 +34,7 @@ def is_small(src: File, dst: Endpoint) -> bool:
 
 
 def move(transfer: Transfer, src: Endpoint, dst: Endpoint) -> bool:
-    """Move from *src* to *dst* until *src* ends or the limit; False: the caller has to go on.
+    """Move from *src* to *dst* until *src* ends or the limit; False: the caller has to read on.
 
     On entry neither object is used by anybody else, and they are not the same file. What *src* has
     read ahead and *dst* has not written yet goes first. On exit both objects stand where the
@@ -54,7 +54,7 @@ def move(transfer: Transfer, src: Endpoint, dst: Endpoint) -> bool:
             through_memory(transfer, src, dst)  # what no other way has moved, or was added since
     finally:
         transfer.leave(src, dst)
-    return reason is None or isinstance(src, File)
+    return isinstance(src, File) or (reason is None and not src.must_read_on)
 
 
 def _way(
