@@ -1,0 +1,114 @@
+"""A download to a file, by urlopen() and copyfileobj(): Python's own under gevent, and gsplice's.
+
+The server is another process, which sends from the page cache by sendfile(2).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import gevent.monkey
+
+if __name__ == "__main__" and sys.argv[1:] != ["--serve"]:
+    gevent.monkey.patch_all()
+
+import socket
+
+from _measure import GiB, KiB, MiB, Report, Sample, alternate, timed
+
+import gsplice
+from gsplice.config import SMALL_BODY
+
+SIZES = (64 * KiB, 1 * MiB, 2 * MiB, 8 * MiB, 64 * MiB)
+
+stock_copy: Callable[..., None] = shutil.copyfileobj  # gsplice patches nothing here
+
+
+def main() -> None:
+    report = Report(__doc__)
+    rounds = 3 if report.quick else 15
+    with server() as url:
+        for place in ("/var/tmp", "/dev/shm"):
+            with tempfile.TemporaryDirectory(dir=place) as directory:
+                downloads(report, url, Path(directory, "copy"), rounds)
+    report.close()
+
+
+def downloads(report: Report, url: str, path: Path, rounds: int) -> None:
+    rows = []
+    for size in SIZES:
+        several = max(1, min(200, 4 * MiB // size))
+
+        def side(copy: Callable[..., None], size: int = size, several: int = several) -> Sample:
+            cpu = elapsed = 0.0
+            for _ in range(several):
+                path.unlink(missing_ok=True)
+                with urllib.request.urlopen(f"{url}{size}") as response, path.open("wb") as file:
+                    sample = timed(lambda: copy(response, file))
+                elapsed, cpu = elapsed + sample.elapsed, cpu + sample.cpu
+                assert path.stat().st_size == size
+            return Sample(elapsed / several, cpu / several)
+
+        median = alternate(
+            {"gevent": lambda: side(stock_copy), "gsplice": lambda: side(gsplice.copyfileobj)},
+            rounds,
+        )
+        stock, ours = median["gevent"], median["gsplice"]
+        ratio = ours.cpu / stock.cpu
+        most = 0.5 if size > SMALL_BODY else 1.15  # small ones are left to the original
+        target = report.target(f"{size // KiB} KiB to {path.parent.parent}", ratio, most=most)
+        per_gib = [sample.cpu * GiB / size for sample in (stock, ours)]
+        rows.append([f"{size // KiB} KiB", *per_gib, ratio, stock.elapsed / ours.elapsed, target])
+    report.table(
+        f"To a new file in {path.parent.parent}, median of {rounds} rounds",
+        ["", "gevent CPU s/GiB", "gsplice", "CPU/gevent", "speed/gevent", "target for the CPU"],
+        rows,
+    )
+
+
+@contextlib.contextmanager
+def server() -> Iterator[str]:
+    """Start a server in another process, whose path is the number of bytes it gives."""
+    command = [sys.executable, __file__, "--serve"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+        try:
+            assert process.stdout is not None
+            yield f"http://127.0.0.1:{int(process.stdout.readline())}/"
+        finally:
+            process.kill()
+
+
+def serve() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener, tempfile.TemporaryFile() as file:
+        for _ in range(max(SIZES) // MiB):
+            file.write(os.urandom(MiB))
+        file.flush()
+        print(listener.getsockname()[1], flush=True)
+        while True:
+            connection, _ = listener.accept()
+            with connection, contextlib.suppress(OSError):
+                answer(connection, file)
+
+
+def answer(connection: Any, file: Any) -> None:
+    request = b""
+    while b"\r\n\r\n" not in request:
+        request += connection.recv(4096)
+    size = int(request.split()[1][1:])
+    connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % size)
+    sent = 0
+    while sent < size:
+        sent += os.sendfile(connection.fileno(), file.fileno(), sent, size - sent)
+
+
+if __name__ == "__main__":
+    serve() if sys.argv[1:] == ["--serve"] else main()
