@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import fcntl
 import functools
 import gzip
 import http.client
@@ -16,6 +17,8 @@ import io
 import os
 import shutil
 import struct
+import sys
+import termios
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -93,8 +96,14 @@ class Script:
             if self.finally_ == "stall":
                 gevent.sleep(GUARD)
             elif self.finally_ == "reset":
+                until(lambda: not unacknowledged(sock))  # which a reset would take back
                 sock.setsockopt(SOL_SOCKET, SO_LINGER, struct.pack("ii", 1, 0))
             sock.close()
+
+
+def unacknowledged(sock: Any) -> int:
+    """Return how many bytes the peer has not got yet (tcp(7), SIOCOUTQ)."""
+    return int.from_bytes(fcntl.ioctl(sock.fileno(), termios.TIOCOUTQ, bytes(4)), sys.byteorder)
 
 
 class Client(contextlib.ExitStack):
