@@ -1319,3 +1319,44 @@ def test_one_filesystem_gets_half_of_the_threads_whatever_it_is_copied_to() -> N
         gate.set()
         gevent.joinall(going, timeout=GUARD, raise_error=True)
     assert threads._busy == 0
+
+
+def test_a_pipe_belongs_to_one_side_whenever_its_greenlet_is_killed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The kill comes when the thread has done its job, and has not said so yet."""
+    take, hub_thread = offload._take, threading.get_ident()
+    arrived, gate = get_original("threading", "Event")(), get_original("threading", "Event")()
+    taken_by_thread: list[int] = []
+
+    def take_slowly(tokens: list[None]) -> bool:
+        if threading.get_ident() != hub_thread:
+            taken_by_thread.append(1)
+            if len(taken_by_thread) == 2:
+                arrived.set()
+                gate.wait(GUARD)
+        return take(tokens)
+
+    def transfer() -> None:
+        pipe = gsplice.pipes.acquire()
+        assert pipe is not None
+        pipe.pending = gsplice.pipes.UNKNOWN
+
+        def job() -> None:
+            pipe.pending = 0
+
+        try:
+            hub_threads().run((), job, (), (), (pipe,))
+        finally:
+            gsplice.pipes.release(pipe)
+
+    monkeypatch.setattr(offload, "_take", take_slowly)
+    going = gevent.spawn(transfer)
+    until(arrived.is_set)
+    going.kill()
+    others = gsplice.pipes.acquire()
+    assert others is not None
+    gate.set()
+    threads_done()
+    assert others.read_fd >= 0
+    gsplice.pipes.release(others)
