@@ -107,8 +107,7 @@ class Residency:
             self._end = ask(fd, self._end, offset + most)
             self._asked = now
             if self._end == offset:
-                self._cold = offset + self._stretch
-                self._stretch *= 2
+                self._met_disk(offset)
         return min(self._end - offset, most)
 
     def read(self, fd: int, offset: int, size: int) -> bytes | None:
@@ -133,6 +132,10 @@ class Residency:
         """Say whether a server may be told of a close."""
         return _filesystem(self._status.st_dev) not in _IN_MEMORY | _ON_DISK
 
+    def _met_disk(self, offset: int) -> None:
+        self._cold = offset + self._stretch
+        self._stretch *= 2
+
     def _question(self, fd: int, offset: int) -> _Question | None:
         """Return what answers for this file; None if that is not known yet."""
         if self._ask is None:
@@ -143,7 +146,8 @@ class Residency:
         if settings.offload != "auto":
             return _all if settings.offload == "never" else _none
         try:
-            read_resident(fd, offset, 1)
+            if read_resident(fd, offset, 1) is None:  # which has it read: it may be there soon
+                self._met_disk(offset)
         except OSError:
             pass
         else:

@@ -29,6 +29,7 @@ Pair = tuple[gevent.socket.socket, gevent.socket.socket]
 @pytest.fixture(autouse=True, scope="session")
 def patched() -> Iterator[gsplice.PatchResult]:
     """All names patched; gevent.monkey.get_original() has the originals."""
+    gevent.get_hub()  # without one, nobody could run meanwhile, and files go to the originals
     yield gsplice.patch_all()
     gsplice.unpatch_all()
 
