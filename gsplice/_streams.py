@@ -7,7 +7,8 @@ import os
 
 from . import pipes
 from ._linux import SPLICE_FLAGS
-from ._transfer import REFUSALS, Transfer, into_file, write
+from ._pump import pump
+from ._transfer import REFUSALS, Transfer, into_file, write, write_out
 from .config import PIECE, SMALL
 from .endpoints import Endpoint, File, Pipe, Socket
 
@@ -79,7 +80,7 @@ def through_pool(transfer: Transfer, src: Socket, dst: Endpoint) -> str | None:
             return "no_pipe"
         try:
             filled = fill(pipe, src, asked)
-            if filled and not drain(transfer, pipe, dst):
+            if filled and not _empty(transfer, pipe, src, dst):
                 return "refused"
         except _Refused:
             return "refused"
@@ -94,6 +95,13 @@ def through_pool(transfer: Transfer, src: Socket, dst: Endpoint) -> str | None:
             transfer.wait(src.wait_read)
             waited = True
     return None
+
+
+def _empty(transfer: Transfer, pipe: pipes.Pipe, src: Socket, dst: Endpoint) -> bool:
+    """Drain *pipe* into *dst*, on a thread if that may have to wait for a disk."""
+    if isinstance(dst, File) and dst.write_waits(pipe.pending):
+        return pump(transfer, pipe, src, dst)
+    return drain(transfer, pipe, dst)
 
 
 def _has_ended(
@@ -148,49 +156,16 @@ def drain(transfer: Transfer, pipe: pipes.Pipe, dst: Endpoint) -> bool:
     or in the ordinary write, are lost then.
     """
     while pipe.pending:
-        result: int | OSError
-        if isinstance(dst, File) and dst.write_waits(pipe.pending):
-            result = _drain_on_thread(transfer, pipe, dst)
-        else:
-            try:
-                result = os.splice(pipe.read_fd, dst.fileno(), pipe.pending, flags=SPLICE_FLAGS)
-                pipe.pending -= result
-            except BlockingIOError:
-                transfer.wait(dst.wait_write)
-                continue
-            except OSError as err:
-                result = err
-        if isinstance(result, int):
-            transfer.moved(result, "bytes_spliced")
-        elif result.errno in REFUSALS:
-            while pipe.pending:
-                data = os.read(pipe.read_fd, pipe.pending)
-                pipe.pending -= len(data)
-                write(transfer, dst, data)
+        try:
+            drained = os.splice(pipe.read_fd, dst.fileno(), pipe.pending, flags=SPLICE_FLAGS)
+        except BlockingIOError:
+            transfer.wait(dst.wait_write)
+            continue
+        except OSError as err:
+            if err.errno not in REFUSALS:
+                raise
+            write_out(transfer, pipe, dst)
             return False
-        else:
-            raise result
+        pipe.pending -= drained
+        transfer.moved(drained, "bytes_spliced")
     return True
-
-
-def _drain_on_thread(transfer: Transfer, pipe: pipes.Pipe, dst: File) -> int | OSError:
-    """Have a thread splice all of *pipe* into *dst*; return how much it did, or its error.
-
-    On exit ``pipe.pending`` is what is left; if the wait was interrupted, the pipe may be lent to
-    the thread. Raises as :meth:`Transfer.on_thread` does.
-    """
-    pending, pipe.pending = pipe.pending, pipes.UNKNOWN
-    return into_file(transfer, dst, pending, (), _empty, pending, pipe, loans=(pipe,))
-
-
-def _empty(fd: int, position: int, pending: int, pipe: pipes.Pipe) -> int:
-    written = 0
-    try:
-        while written < pending:
-            written += os.splice(pipe.read_fd, fd, pending - written, offset_dst=position + written)
-    except OSError:
-        if not written:
-            raise
-    finally:
-        pipe.pending = pending - written
-    return written

@@ -10,10 +10,10 @@ from typing import Any, Final
 
 import gevent
 
-from . import offload, residency
+from . import offload, pipes, residency
 from ._stats import counters
 from .config import PIECE
-from .endpoints import Endpoint, File, Pipe
+from .endpoints import Endpoint, File
 
 #: What the kernel, a filesystem or a sandbox answers when it will not move bytes between these two
 #: ends in this way. Any other error is the ends' own.
@@ -34,7 +34,7 @@ class Transfer:
         self._since_switch = 0
         self._process = os.getpid()
         #: What threads use in place of the descriptors of the ends.
-        self._owned: dict[File | Pipe, offload.Descriptor] = {}
+        self._owned: dict[Endpoint, offload.Descriptor] = {}
 
     def room(self, most: int) -> int:
         """Return how many bytes may be asked for next, *most* at the most; 0 at the limit."""
@@ -66,21 +66,21 @@ class Transfer:
 
     def on_thread(
         self,
-        files: tuple[File | Pipe, ...],
+        ends: tuple[Endpoint, ...],
         job: Callable[..., Any],
         *args: Any,
         loans: tuple[offload.Loan, ...] = (),
     ) -> Any:
-        """Do ``job(*descriptors of files, *args)`` on a thread; return its result, or its OSError.
+        """Do ``job(*descriptors of ends, *args)`` on a thread; return its result, or its OSError.
 
         Lets out ValueError for a file that has been closed, and what is thrown into the greenlet
         while it waits: the job may go on then, and *loans* are the thread's.
         """
-        devices = tuple(file.status.st_dev if isinstance(file, File) else None for file in files)
+        devices = tuple(end.status.st_dev if isinstance(end, File) else None for end in ends)
         learning = functools.partial(residency.learning, devices, job)
-        fds = [file.fileno() for file in files]
+        fds = [end.fileno() for end in ends]
         threads = offload.threads()
-        owned = self._own(files, fds) if threads is not None else None
+        owned = self._own(ends, fds) if threads is not None else None
         if threads is None or owned is None:
             result = offload.here(learning, fds, args)
         else:
@@ -92,25 +92,23 @@ class Transfer:
         self.check_process()
         return result
 
-    def _own(
-        self, files: tuple[File | Pipe, ...], fds: list[int]
-    ) -> list[offload.Descriptor] | None:
-        """Return duplicates of *fds*, made once for each of the *files*; None if none are left."""
+    def _own(self, ends: tuple[Endpoint, ...], fds: list[int]) -> list[offload.Descriptor] | None:
+        """Return duplicates of *fds*, made once for each of the *ends*; None if none are left."""
         try:
-            for file, fd in zip(files, fds, strict=True):
-                if file not in self._owned:
-                    self._owned[file] = offload.Descriptor(fd)
+            for end, fd in zip(ends, fds, strict=True):
+                if end not in self._owned:
+                    self._owned[end] = offload.Descriptor(fd)
         except OSError:
             return None
-        return [self._owned[file] for file in files]
+        return [self._owned[end] for end in ends]
 
     def close(self) -> None:
         """Close what threads have used, but not what one is still using. Raises nothing."""
         owned, self._owned = self._owned, {}
-        for file, descriptor in owned.items():
+        for end, descriptor in owned.items():
             if descriptor.lent or not self.is_ours():
                 continue
-            threads = offload.threads() if isinstance(file, File) and file.close_waits() else None
+            threads = offload.threads() if isinstance(end, File) and end.close_waits() else None
             if threads is None:
                 descriptor.close()
             else:
@@ -189,11 +187,22 @@ def write(transfer: Transfer, dst: Endpoint, data: bytes, src: Endpoint | None =
         transfer.give_way()
 
 
+def write_out(transfer: Transfer, pipe: pipes.Pipe, dst: Endpoint) -> None:
+    """Write all that *pipe* holds to *dst*, whose object has nothing buffered.
+
+    Lets out the errors of the ordinary write(); what had not been written then is lost.
+    """
+    while pipe.pending:
+        data = os.read(pipe.read_fd, pipe.pending)
+        pipe.pending -= len(data)
+        write(transfer, dst, data)
+
+
 def into_file(
     transfer: Transfer,
     dst: File,
     size: int,
-    sources: tuple[File | Pipe, ...],
+    sources: tuple[Endpoint, ...],
     job: Callable[..., int],
     *args: Any,
     loans: tuple[offload.Loan, ...] = (),

@@ -73,6 +73,10 @@ TINY: Final = 16 * KiB
 #: More makes the first byte, and whoever queues for the thread, wait longer.
 COLD_PIECE: Final = 1 * MiB
 
+#: Most bytes that a thread moves from a socket to a file before it comes back. The way there and
+#: back takes 0.3 ms of CPU time, and moving this much 3 ms (benchmarks/download.py).
+PUMP: Final = 8 * MiB
+
 #: What is in the page cache is asked of one page in so many bytes: a question costs 0.9 us, and
 #: sendfile(2) of this much takes 55 us.
 STRIDE: Final = 512 * KiB

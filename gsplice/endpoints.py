@@ -48,6 +48,10 @@ class File:
         """Return the descriptor. Raises ValueError when the file has been closed."""
         return _fileno(self.raw)
 
+    def is_closed(self) -> bool:
+        """Say whether the file has been closed."""
+        return self.raw.closed  # type: ignore[no-any-return]
+
     def left(self) -> int:
         """Return how many bytes come after the offset, by what fstat(2) said at first.
 
@@ -206,6 +210,11 @@ class Socket(_Stream):
         if self.raw is not None and self.raw.closed:
             raise ValueError("I/O operation on closed file.")
         return self.sock.fileno()  # type: ignore[no-any-return]
+
+    def is_closed(self) -> bool:
+        """Say whether the socket, or its file, has been closed."""
+        closed = self.raw is not None and self.raw.closed
+        return bool(closed or self.sock.fileno() < 0)
 
     def write_some(self, data: memoryview) -> int:
         """Send part of *data*; say how much. Raises BlockingIOError when there is no room.

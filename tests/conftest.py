@@ -26,6 +26,12 @@ from gsplice._linux import filesystem_type
 Pair = tuple[gevent.socket.socket, gevent.socket.socket]
 
 
+@pytest.fixture
+def quiet(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What greenlets of these tests end with need not fill the log."""
+    monkeypatch.setattr(gevent.get_hub(), "print_exception", lambda *args: None)
+
+
 @pytest.fixture(autouse=True, scope="session")
 def patched() -> Iterator[gsplice.PatchResult]:
     """All names patched; gevent.monkey.get_original() has the originals."""

@@ -158,12 +158,6 @@ def run_through(
     return tried, failed
 
 
-@pytest.fixture(autouse=True)
-def quiet(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Killing hundreds of greenlets need not fill the log."""
-    monkeypatch.setattr(gevent.get_hub(), "print_exception", lambda *args: None)
-
-
 @pytest.mark.parametrize("exception", EXCEPTIONS)
 @pytest.mark.parametrize("transfer", TRANSFERS)
 def test_an_exception_at_some_switches(tmp_path: Path, transfer: str, exception: str) -> None:
