@@ -1,30 +1,29 @@
-"""The body of an HTTP response as an end: of :mod:`http.client`, and of urllib3 around one.
-
-The body is bytes on a socket, of which the response knows how many are its own. Only as many are
-taken, and its count is kept true with each piece. What else happens at the end of a body differs
-from version to version, so the response finds out itself: whoever has moved the bytes goes on with
-its own ``read()``, which has nothing left to give.
-"""
+"""The body of an HTTP response as an end: of :mod:`http.client`, and of urllib3 around one."""
 
 from __future__ import annotations
 
 import sys
 from typing import Any, Final, NoReturn
 
+from ._body import Body, reads_as_written
 from .endpoints import Socket
 
-#: A response that has one of these in its own dictionary does not read as its class does.
-_METHODS: Final = frozenset(
-    {"read", "_close_conn", "_decode", "_error_catcher", "_fp_read", "_init_decoder", "_raw_read"}
+#: How a response reads.
+_METHODS: Final = (
+    "read",
+    "_close_conn",
+    "_decode",
+    "_error_catcher",
+    "_fp_read",
+    "_init_decoder",
+    "_raw_read",
 )
 
 
-class Body(Socket):
+class ClientBody(Body):
     """What is left of the body of an ``http.client.HTTPResponse``."""
 
     __slots__ = ("_response",)
-
-    must_read_on = True
 
     def __init__(self, end: Socket, response: Any) -> None:
         super().__init__(end.obj, end.raw, end.sock)
@@ -40,19 +39,6 @@ class Body(Socket):
         if self._response.length is not None:
             self._response.length -= number
 
-    def read_ahead(self, most: int | None) -> bytes:
-        """Take what the object has read ahead, *most* bytes of it. Neither reads nor waits."""
-        left = self.left()
-        data = super().read_ahead(left if most is None else min(left, most))
-        self.took(len(data))
-        return data
-
-    def receive(self, most: int) -> bytes:
-        """Receive what is there, without waiting. Raises BlockingIOError if nothing is."""
-        data = super().receive(most)
-        self.took(len(data))
-        return data
-
     def leave_source(self) -> None:
         """Have the response let go of its connection if its last byte has been taken.
 
@@ -62,7 +48,7 @@ class Body(Socket):
             self._response.read(0)
 
 
-class Urllib3Body(Body):
+class Urllib3Body(ClientBody):
     """The same behind a ``urllib3.response.HTTPResponse``.
 
     It has errors of its own for those of the socket, and drops the connection on any, also when the
@@ -95,15 +81,6 @@ class Urllib3Body(Body):
         with self._outer._error_catcher():
             super().wait_read()
 
-    def receive(self, most: int) -> bytes:
-        """Receive what is there, without waiting. Raises BlockingIOError, or urllib3's errors."""
-        try:
-            return super().receive(most)
-        except BlockingIOError:
-            raise
-        except OSError as err:
-            self.failed(err)
-
     def failed(self, err: OSError) -> NoReturn:
         """Raise what urllib3 makes of *err*, an error of the socket."""
         with self._outer._error_catcher():
@@ -122,7 +99,7 @@ def response_behind(obj: Any) -> Any | None:
 
     None: it gives others (chunks, decoded ones), none at all, or reads in a way of its own.
     """
-    if not _reads_as_written(obj):
+    if not reads_as_written(obj, *_METHODS):
         return None
     client = sys.modules.get("http.client")
     if type(obj) is not getattr(client, "HTTPResponse", None):
@@ -136,9 +113,9 @@ def response_behind(obj: Any) -> Any | None:
     return obj if length is None or (type(length) is int and length > 0) else None
 
 
-def body_of(obj: Any, response: Any, end: Socket) -> Body:
+def body_of(obj: Any, response: Any, end: Socket) -> ClientBody:
     """Return the body of *obj*, which reads from *response*, which reads from *end*."""
-    return Body(end, obj) if obj is response else Urllib3Body(end, obj)
+    return ClientBody(end, obj) if obj is response else Urllib3Body(end, obj)
 
 
 def _is_plain(outer: Any) -> bool:
@@ -149,10 +126,3 @@ def _is_plain(outer: Any) -> bool:
     if len(decoded) or getattr(outer, "_has_decoded_content", False):
         return False
     return not outer.chunked and not outer._fp.closed
-
-
-def _reads_as_written(obj: Any) -> bool:
-    """Say whether neither the instance nor anybody who has replaced ``read`` in the class reads."""
-    cls = type(obj)
-    namespace = getattr(cls.read, "__globals__", None)
-    return namespace is vars(sys.modules[cls.__module__]) and _METHODS.isdisjoint(obj.__dict__)

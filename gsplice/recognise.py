@@ -20,8 +20,10 @@ from typing import Any, Final, TypeVar
 
 from gevent.socket import socket as GeventSocket
 
-from ._http import Body, body_of, response_behind
+from ._body import Body
+from ._http import body_of, response_behind
 from ._linux import AF_UNIX, F_GETFL, LINUX, fcntl
+from ._wsgi_input import INPUTS, GunicornBody
 from .config import SMALL_BODY
 from .endpoints import Endpoint, File, Pipe, Socket
 from .offload import hub_to_serve
@@ -33,9 +35,10 @@ _Entry = TypeVar("_Entry")
 _BUFFER: Final = "buffer"
 _RAW: Final = "raw"
 _RESPONSE: Final = "response"
+_INPUT: Final = "input"
 
-#: The types taken, as a buffer, a raw file, an HTTP response, or a wrapper (then: where it keeps
-#: what it wraps).
+#: The types taken, as a buffer, a raw file, an HTTP response, the body of a request, or a wrapper
+#: (then: where it keeps what it wraps).
 _known: Final[dict[type, str]] = {
     io.BufferedReader: _BUFFER,
     io.BufferedWriter: _BUFFER,
@@ -56,7 +59,11 @@ _BY_NAME: Final = {
     ("tempfile", "_TemporaryFileWrapper"): "file",
     ("http.client", "HTTPResponse"): _RESPONSE,
     ("urllib3.response", "HTTPResponse"): _RESPONSE,
+    **dict.fromkeys(INPUTS, _INPUT),
 }
+
+#: The roles that are no wrappers.
+_ENDS: Final = frozenset({_BUFFER, _RAW, _RESPONSE, _INPUT})
 
 #: Writers that send to the socket they keep there, without a buffer.
 _WRITERS: Final = {("socketserver", "_SocketWriter"): "_sock"}
@@ -112,7 +119,9 @@ def source(obj: Any) -> Endpoint:
     """Return the end that *obj* reads from. Raises NotOurs."""
     role = _role(type(obj)) if LINUX else None
     if role is _RESPONSE:
-        return _body(obj)
+        return _response(obj)
+    if role is _INPUT:
+        return _request(obj)
     buffer, raw = _layers(obj, role, "source_type")
     if not buffer.readable():
         raise NotOurs("source_type")
@@ -127,7 +136,7 @@ def sink(obj: Any) -> Endpoint:
     if attribute is not None and overrides_nothing(obj):
         return stream_socket(getattr(obj, attribute))
     role = _role(type(obj)) if LINUX else None
-    if role is _RESPONSE:
+    if role in (_RESPONSE, _INPUT):
         raise NotOurs("destination_type")
     buffer, raw = _layers(obj, role, "destination_type")
     if not buffer.writable():
@@ -171,7 +180,7 @@ def stream_socket(sock: Any) -> Socket:
     return Socket(None, None, sock)
 
 
-def _body(obj: Any) -> Body:
+def _response(obj: Any) -> Body:
     """Return the body of the response *obj*. Raises NotOurs."""
     response = response_behind(obj)
     if response is None:
@@ -184,9 +193,24 @@ def _body(obj: Any) -> Body:
     return body_of(obj, response, end)
 
 
+def _request(obj: Any) -> Body:
+    """Return the body of a request, of which *obj* is the ``wsgi.input``. Raises NotOurs."""
+    kind = INPUTS[type(obj).__module__, type(obj).__name__]
+    behind = kind.behind(obj)
+    if behind is None:
+        raise NotOurs("body")
+    end = stream_socket(behind) if kind is GunicornBody else source(behind)
+    if not isinstance(end, kind.around):
+        raise NotOurs("source_type")
+    body = kind(end, obj)
+    if body.left() <= SMALL_BODY:
+        raise NotOurs("small")
+    return body
+
+
 def _layers(obj: Any, role: str | None, reason: str) -> tuple[Any, Any]:
     """Return the buffer (or the raw file, if it has none) and the raw file that *obj* is."""
-    while role not in (_BUFFER, _RAW, _RESPONSE, None):
+    while role is not None and role not in _ENDS:
         obj = _unwrap(obj, role, reason)
         role = _role(type(obj))
     raw = obj

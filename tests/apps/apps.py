@@ -7,6 +7,7 @@ The environment says which directory is served (``APPS_ROOT``), and whether gspl
 from __future__ import annotations
 
 import functools
+import hashlib
 import http.server
 import json
 import os
@@ -14,6 +15,7 @@ import shutil
 import socket
 import socketserver
 import sys
+import tempfile
 from collections.abc import Callable
 from typing import Any
 from wsgiref.util import FileWrapper, shift_path_info
@@ -120,9 +122,46 @@ def pyramid() -> App:
         return config.make_wsgi_app()
 
 
+def upload() -> App:
+    """Copy the body of a request to a file; say what has arrived, and how."""
+
+    def app(environ: dict[str, Any], start_response: Callable[..., Any]) -> Any:
+        path = environ["PATH_INFO"]
+        stream = environ["wsgi.input"]
+        if "werkzeug" in path:
+            from werkzeug.wsgi import get_input_stream
+
+            stream = get_input_stream(environ)
+        before = gsplice.stats()
+        error = None
+        with tempfile.NamedTemporaryFile() as file:
+            try:
+                if "begun" in path:
+                    file.write(stream.read(10) + stream.readline() + stream.readline(5))
+                shutil.copyfileobj(stream, file)
+            except Exception as err:  # noqa: BLE001 - whatever it is, the test sees it
+                error = f"{type(err).__name__}: {err}"
+            rest = "" if error else repr(stream.read(1))
+            file.flush()
+            data = open(file.name, "rb").read()
+        after = gsplice.stats()
+        seen = {
+            "digest": f"{len(data)} bytes {hashlib.sha256(data).hexdigest()[:12]}",
+            "error": error,
+            "rest": rest,
+            "spliced": after.bytes_spliced - before.bytes_spliced,
+            "fallbacks": dict(after.fallbacks),
+        }
+        answer = json.dumps(seen).encode()
+        start_response("200 OK", [("Content-Length", str(len(answer)))])
+        return [answer]
+
+    return app
+
+
 @functools.cache
 def framework(name: str) -> App:
-    makers = [plain, wsgiref, flask, django, bottle, whitenoise, webob, falcon, pyramid]
+    makers = [plain, wsgiref, flask, django, bottle, whitenoise, webob, falcon, pyramid, upload]
     return {maker.__name__: maker for maker in makers}[name]()
 
 
