@@ -13,19 +13,33 @@ import functools
 import os
 import shutil as stdlib_shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.machinery import ModuleSpec
 from types import MappingProxyType, ModuleType
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import gevent.monkey
 from gevent.socket import socket as GeventSocket
 
-from . import _pywsgi, _shutil, _socket
+from . import _gunicorn, _pywsgi, _shutil, _socket
 from ._linux import LINUX
 
-_PYWSGI: Final = "gevent.pywsgi"
-_LATER: Final = f"will be when {_PYWSGI} is imported"
+
+class _Later(NamedTuple):
+    """A class to be patched as soon as somebody else has imported its module."""
+
+    module: str
+    cls: str
+    replacements: Callable[[Any], Any]
+
+    def __str__(self) -> str:
+        return f"will be when {self.module} is imported"
+
+
+_LATER: Final = {
+    "pywsgi": _Later("gevent.pywsgi", "WSGIHandler", _pywsgi.replacements),
+    "gunicorn": _Later("gunicorn.workers.ggevent", "GeventWorker", _gunicorn.replacements),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,12 +60,15 @@ class PatchResult:
         return "; not patched: ".join([done, *([", ".join(left)] if self.not_patched else [])])
 
 
-def patch_all(*, socket: bool = True, shutil: bool = True, pywsgi: bool = True) -> PatchResult:
+def patch_all(
+    *, socket: bool = True, shutil: bool = True, pywsgi: bool = True, gunicorn: bool = True
+) -> PatchResult:
     """Replace the names that gsplice has a faster way for; say which, and why not the others.
 
     *socket*: ``sendfile`` of gevent's socket class. *shutil*: ``shutil.copyfileobj``, and
     what the functions of shutil that copy whole files use. *pywsgi*:
     ``wsgi.file_wrapper`` and file responses of ``gevent.pywsgi``, as soon as that is imported.
+    *gunicorn*: responses of its ``gevent`` worker that are a part of a file, in the same way.
 
     Call it at startup, before or after ``gevent.monkey.patch_all()``; calling it again patches only
     what is not patched yet. It creates no hub and no thread. Where the kernel or a sandbox refuses
@@ -59,11 +76,12 @@ def patch_all(*, socket: bool = True, shutil: bool = True, pywsgi: bool = True) 
     """
     refusal = _refusal()
     not_patched: dict[str, str] = {}
-    for name, wanted in (("socket", socket), ("shutil", shutil), ("pywsgi", pywsgi)):
+    asked_for = {"socket": socket, "shutil": shutil, "pywsgi": pywsgi, "gunicorn": gunicorn}
+    for name, wanted in asked_for.items():
         if name in _patched:
             reason = None
         elif not wanted:
-            reason = _LATER if name == "pywsgi" and _watcher.is_waiting() else "not asked for"
+            reason = str(_LATER[name]) if name in _watcher.waiting else "not asked for"
         elif refusal is not None:
             reason = refusal
         else:
@@ -93,6 +111,7 @@ _NAMES: Final = {
     "socket": ("socket.sendfile", "socket._sendfile_use_sendfile"),
     "shutil": tuple(f"shutil.{name}" for name in _shutil.__implements__),
     "pywsgi": ("pywsgi.WSGIHandler.get_environ", "pywsgi.WSGIHandler.process_result"),
+    "gunicorn": ("gunicorn.GeventWorker.handle_request",),
 }
 
 #: What is patched: where, and which names.
@@ -121,12 +140,13 @@ def _patch(name: str) -> str | None:
         target, source = _ClassAsModule(GeventSocket), _socket
     elif name == "shutil":
         target, source = stdlib_shutil, _shutil
-    elif _PYWSGI in sys.modules:
-        handler_class = sys.modules[_PYWSGI].WSGIHandler
-        target, source = _ClassAsModule(handler_class), _pywsgi.replacements(handler_class)
     else:
-        _watcher.start()
-        return _LATER
+        later = _LATER[name]
+        cls = getattr(sys.modules.get(later.module), later.cls, None)
+        if cls is None:
+            _watcher.start(name)
+            return str(later)
+        target, source = _ClassAsModule(cls), later.replacements(cls)
     if not gevent.monkey.patch_module(target, source):
         return "a subscriber to gevent's patching events forbade it"
     # What was there may have been somebody's wrapper.
@@ -135,25 +155,32 @@ def _patch(name: str) -> str | None:
     return None
 
 
-class _PywsgiWatcher:
-    """Patches gevent.pywsgi as soon as somebody else has imported it."""
+class _Watcher:
+    """Patches what is waited for as soon as somebody else has imported its module."""
 
-    def is_waiting(self) -> bool:
-        return self in sys.meta_path
+    def __init__(self) -> None:
+        self.waiting: set[str] = set()
 
-    def start(self) -> None:
-        if not self.is_waiting():
+    def start(self, name: str) -> None:
+        self.waiting.add(name)
+        if self not in sys.meta_path:
             sys.meta_path.insert(0, self)
 
     def stop(self) -> None:
-        if self.is_waiting():
+        self.waiting.clear()
+        self._stop_if_done()
+
+    def _stop_if_done(self) -> None:
+        if not self.waiting and self in sys.meta_path:
             sys.meta_path.remove(self)
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if fullname != _PYWSGI:
+        names = [name for name in self.waiting if _LATER[name].module == fullname]
+        if not names:
             return None
+        [name] = names
         others = (finder for finder in sys.meta_path if finder is not self)
         found = (finder.find_spec(fullname, path, target) for finder in others)
         spec = next(filter(None, found), None)
@@ -162,17 +189,18 @@ class _PywsgiWatcher:
 
             def execute_and_patch(module: ModuleType) -> None:
                 execute(module)
-                if module.__name__ == _PYWSGI:  # a loader may serve several modules
+                if module.__name__ == fullname:  # a loader may serve several modules
                     loader.exec_module = execute  # type: ignore[method-assign]
-                    if self.is_waiting():
-                        self.stop()
-                        _patch("pywsgi")
+                    if name in self.waiting:
+                        self.waiting.remove(name)
+                        self._stop_if_done()
+                        _patch(name)
 
             loader.exec_module = execute_and_patch  # type: ignore[method-assign]
         return spec
 
 
-_watcher: Final = _PywsgiWatcher()
+_watcher: Final = _Watcher()
 
 
 def _refusal() -> str | None:

@@ -97,33 +97,51 @@ import gsplice
 result = gsplice.patch_all(shutil=False)
 print(bool(result), result.patched)
 for name, reason in result.not_patched.items(): print(name, "--", reason)
-again = gsplice.patch_all(socket=False, shutil=False, pywsgi=False)
+again = gsplice.patch_all(socket=False, shutil=False, pywsgi=False, gunicorn=False)
 print(bool(again), again.not_patched == result.not_patched)
 gsplice.unpatch_all()
-print(gsplice.patch_all(socket=False, shutil=False, pywsgi=False))
+print(gsplice.patch_all(socket=False, shutil=False, pywsgi=False, gunicorn=False))
 """).splitlines() == [
         "True ('socket.sendfile', 'socket._sendfile_use_sendfile')",
         "shutil.copyfileobj -- not asked for",
         *(f"shutil.{name} -- not asked for" for name in FAST_COPIES),
         "pywsgi.WSGIHandler.get_environ -- will be when gevent.pywsgi is imported",
         "pywsgi.WSGIHandler.process_result -- will be when gevent.pywsgi is imported",
+        "gunicorn.GeventWorker.handle_request -- will be when gunicorn.workers.ggevent is imported",
         "True True",
         "patched: nothing; not patched: socket.sendfile (not asked for), "
         "socket._sendfile_use_sendfile (not asked for), shutil.copyfileobj (not asked for), "
         + "".join(f"shutil.{name} (not asked for), " for name in FAST_COPIES)
         + "pywsgi.WSGIHandler.get_environ (not asked for), "
-        "pywsgi.WSGIHandler.process_result (not asked for)",
+        "pywsgi.WSGIHandler.process_result (not asked for), "
+        "gunicorn.GeventWorker.handle_request (not asked for)",
     ]
 
 
-def test_pywsgi_is_patched_when_it_is_imported_and_not_before() -> None:
+def test_servers_are_patched_when_they_are_imported_and_not_before() -> None:
     run("""
 import sys, gsplice
 gsplice.patch_all()
 assert "gevent.pywsgi" not in sys.modules and "ssl" not in sys.modules
 import gevent.pywsgi
 assert gevent.monkey.is_object_patched("gevent.pywsgi.WSGIHandler", "process_result")
+assert [*gsplice.patch_all().not_patched] == ["gunicorn.GeventWorker.handle_request"]
+assert not [name for name in sys.modules if name.startswith("gunicorn")]
+import gunicorn.workers.ggevent
+worker = "gunicorn.workers.ggevent.GeventWorker"
+assert gevent.monkey.is_object_patched(worker, "handle_request")
 assert not gsplice.patch_all().not_patched
+assert gsplice.monkey._watcher not in sys.meta_path
+gsplice.unpatch_all()
+assert not gevent.monkey.is_module_patched(worker)
+""")
+
+
+def test_a_server_that_is_being_imported_is_left_alone() -> None:
+    run("""
+import sys, types, gsplice
+sys.modules["gevent.pywsgi"] = types.ModuleType("gevent.pywsgi")
+assert "pywsgi.WSGIHandler.get_environ" in gsplice.patch_all().not_patched
 """)
 
 
@@ -141,7 +159,7 @@ else:
     raise AssertionError("imported without gevent.server")
 import gevent.pywsgi
 assert gevent.monkey.is_object_patched("gevent.pywsgi.WSGIHandler", "process_result")
-assert not gsplice.monkey._watcher.is_waiting()
+assert gsplice.monkey._watcher.waiting == {"gunicorn"}
 """)
 
 
@@ -283,7 +301,7 @@ sys.meta_path.insert(0, OneForAll())
 gsplice.patch_all()
 sys.modules.pop("html", None)
 import gevent.pywsgi
-assert not gsplice.patch_all().not_patched
+assert "pywsgi.WSGIHandler.get_environ" in gsplice.patch_all().patched
 """)
 
 

@@ -140,17 +140,17 @@ PYWSGI = {"pywsgi", "gunicorn-gevent_pywsgi"}
 EVERY = set(WSGI)
 FAST: dict[str, tuple[set[str], set[str]]] = {
     "/plain/": (EVERY, set()),
-    "/wsgiref/": (PYWSGI, set()),
-    "/flask/send_file": (EVERY, PYWSGI),
-    "/flask/file.bin": (EVERY, PYWSGI),
+    "/wsgiref/": (EVERY, set()),
+    "/flask/send_file": (EVERY, EVERY),
+    "/flask/file.bin": (EVERY, EVERY),
     "/django/file.bin": (EVERY, set()),
     "/django/File": (EVERY, set()),
     "/bottle/file.bin": (EVERY, set()),
-    "/whitenoise/file.bin": (EVERY, PYWSGI),
-    "/webob/": (EVERY, PYWSGI),
-    "/falcon/file.bin": (EVERY, PYWSGI),
-    "/pyramid/file.bin": (EVERY, PYWSGI),
-    "/pyramid/FileIter": (PYWSGI, PYWSGI),
+    "/whitenoise/file.bin": (EVERY, EVERY),
+    "/webob/": (EVERY, EVERY),
+    "/falcon/file.bin": (EVERY, EVERY),
+    "/pyramid/file.bin": (EVERY, EVERY),
+    "/pyramid/FileIter": (EVERY, EVERY),
 }
 #: These know no ranges.
 WHOLE_ONLY = {path for path, (_, part) in FAST.items() if not part} - {"/bottle/file.bin"}
@@ -235,6 +235,28 @@ def test_gunicorn_with_an_application_loaded_before_the_fork(root: Path, worker:
             answer = server.ask(request("/plain/", close=False) + request("/stats"))
             assert content in answer
             assert json.loads(answer[answer.rindex(b'{"pipes') :])["bytes_sendfile"] >= SIZE
+
+
+def test_gunicorn_told_not_to_use_sendfile(root: Path) -> None:
+    content = (root / "file.bin").read_bytes()
+    with serving("gunicorn-gevent --no-sendfile", root, True) as server:
+        answer, sent = sendfile_grown(server, request("/flask/send_file", MIDDLE))
+        assert answer.partition(b"\r\n\r\n")[2] == content[200_001:700_001]
+        assert sent == 0
+
+
+def test_gunicorn_logs_what_was_sent(root: Path, tmp_path: Path) -> None:
+    logs = []
+    for patched in (True, False):
+        log = tmp_path / str(patched)
+        options = f"--access-logformat %(U)s:%(s)s:%(B)s --access-logfile {log}"
+        with serving(f"gunicorn-gevent {options}", root, patched) as server:
+            for path in ("/flask/send_file", "/whitenoise/file.bin", "/pyramid/FileIter"):
+                server.ask(request(path, MIDDLE))
+            server.ask(request("/stats"))
+        logs.append(log.read_text().splitlines())
+    assert logs[0][:-1] == logs[1][:-1]
+    assert logs[0][0] == "/send_file:206:500000"
 
 
 @pytest.mark.parametrize("exchange", ["whole", "If-Modified-Since", "HEAD", "HTTP/1.0"])

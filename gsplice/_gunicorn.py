@@ -1,0 +1,106 @@
+"""Responses of ``gunicorn -k gevent`` that are a part of a plain file, and go out by sendfile(2).
+
+What gunicorn's own wrapper makes of a whole file goes that way anyhow. Anything else, as a
+framework's iterator over a range, it would write piece by piece.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any, Final
+
+from ._socket import sendfile
+from ._stats import counters
+from ._wsgi_files import Part, find
+from .recognise import NotOurs, by_name, regular_file, stream_socket
+
+_RESPONSE: Final = {("gunicorn.http.wsgi", "Response"): True}
+_WRAPPER: Final = {("gunicorn.http.wsgi", "FileWrapper"): True}
+
+
+def replacements(worker_class: Any) -> SimpleNamespace:
+    """Return the replacements for methods of *worker_class*, gunicorn's ``GeventWorker``."""
+    originals: dict[str, Any] = {"handle_request": worker_class.handle_request}
+
+    def handle_request(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if type(self.wsgi) is not _Application:
+            self.wsgi = _Application(self.wsgi, is_patched)
+        return originals["handle_request"](self, *args, **kwargs)
+
+    def is_patched() -> bool:
+        return worker_class.handle_request is handle_request
+
+    handle_request.__doc__ = worker_class.handle_request.__doc__
+    handle_request.__qualname__ = worker_class.handle_request.__qualname__
+    return SimpleNamespace(
+        __implements__=[*originals], originals=originals, handle_request=handle_request
+    )
+
+
+class _Application:
+    """The application, with results that send themselves as long as the worker is patched."""
+
+    def __init__(self, app: Callable[..., Any], is_patched: Callable[[], bool]) -> None:
+        self._app = app
+        self._is_patched = is_patched
+
+    def __call__(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Any:
+        result = self._app(environ, start_response)
+        part = find(result) if self._is_patched() else None
+        if part is None or (part.length is None and by_name(type(result), _WRAPPER)):
+            return result
+        try:
+            return _FilePart(getattr(start_response, "__self__", None), part, result)
+        except NotOurs as reason:
+            counters.fell_back(reason.args[0])
+            return result
+
+
+class _FilePart:
+    """A body that is *part* of a plain file: an iterator that sends all and gives nothing.
+
+    Making one raises NotOurs if it is anything else; nothing has changed then.
+    """
+
+    def __init__(self, response: Any, part: Part, result: Any) -> None:
+        if not by_name(type(response), _RESPONSE) or not _takes_all(response):
+            raise NotOurs("response")
+        stream_socket(response.sock)
+        regular_file(part.file)
+        self._response = response
+        self._part: Part | None = part
+        most = response.response_length
+        self._length: int = most if part.length is None else min(most, part.length)
+        if hasattr(result, "close"):
+            self.close = result.close
+
+    def __iter__(self) -> _FilePart:
+        return self
+
+    def __next__(self) -> bytes:
+        """Send all, and count it as gunicorn does. Lets out what sending raises."""
+        part, self._part = self._part, None
+        if part is not None and self._length:
+            start = part.file.seek(part.start, part.whence)
+            self._response.send_headers()
+            try:
+                sendfile(self._response.sock, part.file, start, self._length)
+            finally:
+                if not part.file.closed:
+                    self._response.sent += part.file.tell() - start
+        raise StopIteration
+
+
+def _takes_all(response: Any) -> bool:
+    """Say whether *response* would write all of a body as it is, up to its declared length."""
+    return (
+        response.status is not None
+        and response.response_length is not None
+        and response.req.method != "HEAD"
+        and not getattr(response, "_omits_body", False)  # newer than gunicorn 22
+        and not response.headers_sent
+        and not response.is_chunked()
+        and response.can_sendfile()
+        and not response.cfg.is_ssl
+    )
