@@ -11,7 +11,7 @@ from gevent.monkey import get_original
 from . import pipes
 from ._linux import SPLICE_FLAGS
 from ._transfer import REFUSALS, Transfer, into_file, write_out
-from .config import PUMP
+from .config import PIECE, PUMP
 from .endpoints import File, Socket
 
 _new_lock: Callable[[], Any] = get_original("_thread", "allocate_lock")
@@ -97,7 +97,7 @@ class _Tap:
             if self._is_lent or not self.left or any(end.is_closed() for end in self._ends):
                 return 0
             try:
-                filled = os.splice(fd, pipe.write_fd, self.left, flags=SPLICE_FLAGS)
+                filled = os.splice(fd, pipe.write_fd, min(self.left, PIECE), flags=SPLICE_FLAGS)
             except BlockingIOError:
                 return 0
             except OSError as err:
