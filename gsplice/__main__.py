@@ -1,4 +1,6 @@
-"""``python -m gsplice``: run a program that knows nothing of gevent or gsplice, patched by both."""
+"""``python -m gsplice``, or ``gsplice``: run a program that knows nothing of gevent or gsplice,
+patched by both, or one of gsplice's own commands.
+"""
 
 from __future__ import annotations
 
@@ -16,9 +18,16 @@ import gsplice
 _HELP: Final = """\
 usage: python -m gsplice SCRIPT [ARGUMENT ...]
        python -m gsplice -m MODULE [ARGUMENT ...]
+       python -m gsplice doctor [--json] [PATH ...]
+       python -m gsplice serve [OPTION ...] [DIR]
 
 Calls gevent.monkey.patch_all() and gsplice.patch_all(), then runs the program as Python itself
-would: a script, a directory or zip file with a __main__.py, or a module.
+would: a script, a directory or zip file with a __main__.py, or a module. "gsplice" is the same as
+"python -m gsplice".
+
+doctor  tries out what gsplice needs, and says what to do about what is not there
+serve   serves the files of a directory over HTTP
+Each has a --help. A script that is called doctor or serve is run as ./doctor or ./serve.
 
 To choose what gevent patches, use its own runner instead:
        GSPLICE_PATCH_ALL=1 python -m gevent.monkey --no-thread SCRIPT [ARGUMENT ...]
@@ -42,6 +51,10 @@ def main() -> None:
             _run(module, arguments, is_module=True)
         case [option, *_] if option.startswith("-"):
             _wrong(f"no such option: {option}")
+        case ["doctor", *arguments]:
+            from . import _doctor
+
+            sys.exit(_doctor.main(arguments))
         case [script, *arguments]:
             _run(os.path.abspath(script), arguments, is_module=False)
 

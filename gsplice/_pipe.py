@@ -121,6 +121,12 @@ def reserve(key: int, limit: int) -> bool:
     return True
 
 
+def capacity_of(number: int) -> int:
+    """Return the capacity to ask for the pipe that is the *number*-th open one, in bytes."""
+    sizes = (size for most, size in CAPACITY_STEPS if number <= most)
+    return min(settings.pipe_size, next(sizes, DEFAULT_CAPACITY))
+
+
 def make(key: int, home: Home) -> Pipe | None:
     """Open the pipe that *key* was reserved for; None if there is none to be had.
 
@@ -133,8 +139,7 @@ def make(key: int, home: Home) -> Pipe | None:
     except OSError:
         return None
     pipe.home = home
-    sizes = (size for most, size in CAPACITY_STEPS if len(alive) <= most)
-    wanted = min(settings.pipe_size, next(sizes, DEFAULT_CAPACITY))
+    wanted = capacity_of(len(alive))
     try:
         pipe.capacity = fcntl(write_fd, F_SETPIPE_SZ, wanted)
     except OSError:  # EPERM: past the user's room; the pipe stays as it was made

@@ -162,6 +162,21 @@ class Residency:
         return _none
 
 
+def answered_by(fd: int) -> str:
+    """Say who answers for the file that *fd* is open on, for people to read.
+
+    One of: ``RWF_NOWAIT``, ``memory``, ``mincore``, ``nobody``, or the policy that makes asking
+    needless, ``never`` or ``always``. May wait for the filesystem. Lets out the errors of fstat(2).
+    """
+    if settings.offload != "auto":
+        return settings.offload
+    status = os.fstat(fd)
+    learning((status.st_dev,), _none, fd, 0, 0)
+    question = Residency(status)._question(fd, 0)
+    names: dict[_Question, str] = {_probe: "RWF_NOWAIT", _all: "memory", _look: "mincore"}
+    return "nobody" if question is None else names.get(question, "nobody")
+
+
 def refuse_uncached(fd: int) -> None:
     """Raise OSError (EOPNOTSUPP) where splice(2) would give what the page cache has kept.
 

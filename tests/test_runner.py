@@ -136,6 +136,15 @@ assert type(pickle.loads(pickle.dumps(Thing()))) is Thing
         assert (ours.returncode, ours.stderr) == (0, "")
 
 
+@pytest.mark.parametrize("name", ["doctor", "serve"])
+def test_a_script_called_like_a_command_is_run_by_its_path(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("print('the script', __name__)")
+    ours = python(tmp_path, "-m", "gsplice", f"./{name}")
+    assert (ours.stdout, ours.stderr) == ("the script __main__\n", "")
+    ours = python(tmp_path, "-m", "gsplice", name, "--help")
+    assert ours.stdout.startswith(f"usage: gsplice {name} ")
+
+
 @pytest.mark.parametrize("option", ["-h", "--help"])
 def test_help(tmp_path: Path, option: str) -> None:
     ours = python(tmp_path, "-m", "gsplice", option)
