@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import logging
 import os
 import shutil as stdlib_shutil
 import sys
@@ -23,6 +24,9 @@ from gevent.socket import socket as GeventSocket
 
 from . import _gunicorn, _pywsgi, _shutil, _socket
 from ._linux import LINUX
+
+#: gevent.monkey has imported logging already.
+_log: Final = logging.getLogger("gsplice")
 
 
 class _Later(NamedTuple):
@@ -72,8 +76,10 @@ def patch_all(
 
     Call it at startup, before or after ``gevent.monkey.patch_all()``; calling it again patches only
     what is not patched yet. It creates no hub and no thread. Where the kernel or a sandbox refuses
-    splice(2), and elsewhere than on Linux, it changes nothing. Raises nothing of its own.
+    splice(2), and elsewhere than on Linux, it changes nothing. Raises nothing of its own. What it
+    has done, if anything, the logger ``gsplice`` is told (INFO).
     """
+    before = tuple(_patched)
     refusal = _refusal()
     not_patched: dict[str, str] = {}
     asked_for = {"socket": socket, "shutil": shutil, "pywsgi": pywsgi, "gunicorn": gunicorn}
@@ -89,7 +95,10 @@ def patch_all(
         if reason is not None:
             not_patched.update(dict.fromkeys(_NAMES[name], reason))
     patched = tuple(label for name in _patched for label in _NAMES[name])
-    return PatchResult(patched, MappingProxyType(not_patched))
+    result = PatchResult(patched, MappingProxyType(not_patched))
+    if refusal is not None or before != tuple(_patched):
+        _log.info("%s", result)
+    return result
 
 
 def unpatch_all() -> None:
@@ -194,7 +203,8 @@ class _Watcher:
                     if name in self.waiting:
                         self.waiting.remove(name)
                         self._stop_if_done()
-                        _patch(name)
+                        if _patch(name) is None:
+                            _log.info("patched: %s", ", ".join(_NAMES[name]))
 
             loader.exec_module = execute_and_patch  # type: ignore[method-assign]
         return spec
