@@ -55,6 +55,8 @@ def main() -> None:
             from . import _doctor
 
             sys.exit(_doctor.main(arguments))
+        case ["serve", *arguments]:
+            sys.exit(_serve(arguments))
         case [script, *arguments]:
             _run(os.path.abspath(script), arguments, is_module=False)
 
@@ -63,6 +65,17 @@ def _wrong(message: str) -> NoReturn:
     print(_HELP, file=sys.stderr)
     print(f"gsplice: {message}", file=sys.stderr)
     sys.exit(2)
+
+
+def _serve(arguments: list[str]) -> int:
+    gevent.monkey.patch_all(gsplice=False)  # the server does it, unless it is told not to
+    try:
+        from .file_server import main as serve
+    except ModuleNotFoundError as err:
+        if err.name not in ("jinja2", "markupsafe", "werkzeug"):
+            raise
+        sys.exit(f"gsplice: serve needs {err.name}: pip install 'gsplice[serve]'")
+    return serve(arguments, "gsplice serve")
 
 
 def _run(program: str, arguments: list[str], *, is_module: bool) -> None:

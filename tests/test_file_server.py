@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import hashlib
 import http.client
-import importlib.util
 import io
 import json
 import os
@@ -22,11 +21,13 @@ import warnings
 from collections.abc import Callable, Iterator
 from html.parser import HTMLParser
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 from urllib.parse import quote, unquote_to_bytes
 
 import pytest
+
+from gsplice.file_server import make_app
+from gsplice.file_server.pages import moment
 
 PROJECT = Path(__file__).resolve().parents[1]
 SCRIPT = PROJECT / "examples" / "file_server.py"
@@ -788,7 +789,7 @@ def test_breadcrumbs(server: Server) -> None:
     links = Listing(server.get("/sub/deeper/")).links
     assert links[:2] == [("../../", "root"), ("../", "sub")]
     assert ("../", "..") in links
-    assert links[-1] == ("../../.stats", "gsplice counters")
+    assert links[-1] == ("../../.stats", "Live figures")
     assert server.get("/sub/deeper/").body.count(b"Nothing here.") == 1
 
 
@@ -993,17 +994,6 @@ def test_a_fifo_is_never_opened(server: Server, root: Path) -> None:
 # The application without the server.
 
 
-@pytest.fixture(scope="module")
-def module() -> ModuleType:
-    specification = importlib.util.spec_from_file_location("file_server_example", SCRIPT)
-    assert specification is not None
-    assert specification.loader is not None
-    module = importlib.util.module_from_spec(specification)
-    sys.modules[specification.name] = module
-    specification.loader.exec_module(module)
-    return module
-
-
 class Wrapper:
     def __init__(self, file: io.BufferedReader, size: int) -> None:
         self.file = file
@@ -1026,8 +1016,8 @@ def call(
     return (result, *started)
 
 
-def test_the_wrapped_file_itself_is_the_result(module: ModuleType, root: Path) -> None:
-    app = module.make_app(root)
+def test_the_wrapped_file_itself_is_the_result(root: Path) -> None:
+    app = make_app(root)
     for headers, start in (({}, 0), ({"HTTP_RANGE": "bytes=70000-80000"}, 70_000)):
         result, _, _ = call(app, "/big.bin", **headers, **{"wsgi.file_wrapper": Wrapper})
         assert type(result) is Wrapper
@@ -1061,12 +1051,10 @@ def open_files(root: Path, descriptors: str = "/proc/self/fd") -> list[str]:
         ("/fifo", {}),
     ],
 )
-def test_no_file_stays_open(
-    module: ModuleType, root: Path, path: str, environ: dict[str, str]
-) -> None:
+def test_no_file_stays_open(root: Path, path: str, environ: dict[str, str]) -> None:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        result, _, _ = call(module.make_app(root), path, **environ)
+        result, _, _ = call(make_app(root), path, **environ)
         with contextlib.suppress(AttributeError):
             result.close()  # without having read it: the client went away
     assert open_files(root.parent) == []
@@ -1075,9 +1063,9 @@ def test_no_file_stays_open(
     assert result is not None
 
 
-def test_pieces_of_a_file_that_becomes_shorter(module: ModuleType, tmp_path: Path) -> None:
+def test_pieces_of_a_file_that_becomes_shorter(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(BIG)
-    result, status, _ = call(module.make_app(tmp_path), "/file")
+    result, status, _ = call(make_app(tmp_path), "/file")
     assert status == "200 OK"
     os.truncate(tmp_path / "file", 100_000)
     received = 0
@@ -1087,9 +1075,9 @@ def test_pieces_of_a_file_that_becomes_shorter(module: ModuleType, tmp_path: Pat
     assert received == 100_000
 
 
-def test_file_that_grows_is_cut_at_its_announced_length(module: ModuleType, tmp_path: Path) -> None:
+def test_file_that_grows_is_cut_at_its_announced_length(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(TEXT)
-    result, _, headers = call(module.make_app(tmp_path), "/file")
+    result, _, headers = call(make_app(tmp_path), "/file")
     with open(tmp_path / "file", "ab") as file:
         file.write(BIG)
     with contextlib.closing(result):
@@ -1098,7 +1086,7 @@ def test_file_that_grows_is_cut_at_its_announced_length(module: ModuleType, tmp_
 
 
 def test_what_was_checked_is_what_is_opened(
-    module: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     root = tmp_path / "root"
     root.mkdir()
@@ -1112,8 +1100,8 @@ def test_what_was_checked_is_what_is_opened(
         return real
 
     os_readlink = os.readlink
-    app = module.make_app(root)
-    monkeypatch.setattr(module.os, "readlink", readlink_then_exchange)
+    app = make_app(root)
+    monkeypatch.setattr(os, "readlink", readlink_then_exchange)
     result, status, _ = call(app, "/file")
     monkeypatch.undo()
     with contextlib.closing(result):
@@ -1122,9 +1110,9 @@ def test_what_was_checked_is_what_is_opened(
     assert call(app, "/file")[1] == "404 NOT FOUND"
 
 
-def test_a_time_no_calendar_has(module: ModuleType) -> None:
-    assert module.moment(1e18) is None
-    assert module.moment(-1.5) is not None
+def test_a_time_no_calendar_has() -> None:
+    assert moment(1e18) is None
+    assert moment(-1.5) is not None
 
 
 # The counters.
