@@ -34,6 +34,16 @@ To choose what gevent patches, use its own runner instead:
 """
 
 
+def script() -> None:
+    """Do what :func:`main` does, as the console script ``gsplice``.
+
+    ``python -m`` has the current directory on the path; a script, the one that it is in.
+    """
+    if not _safe_path():
+        sys.path[0] = os.getcwd()
+    main()
+
+
 def main() -> None:
     """Run what ``sys.argv`` names, which is then what it would be without ``-m gsplice``.
 
@@ -72,9 +82,10 @@ def _serve(arguments: list[str]) -> int:
     try:
         from .file_server import main as serve
     except ModuleNotFoundError as err:
-        if err.name not in ("jinja2", "markupsafe", "werkzeug"):
+        missing = (err.name or "").partition(".")[0]
+        if missing not in ("jinja2", "markupsafe", "werkzeug"):
             raise
-        sys.exit(f"gsplice: serve needs {err.name}: pip install 'gsplice[serve]'")
+        sys.exit(f"gsplice: serve needs {missing}: pip install 'gsplice[serve]'")
     return serve(arguments, "gsplice serve")
 
 
@@ -98,12 +109,17 @@ def _run(program: str, arguments: list[str], *, is_module: bool) -> None:
 
 def _replace_first_path(script: str) -> None:
     """Have ``sys.path`` start where *script* is, and not with the current directory."""
-    if getattr(sys.flags, "safe_path", sys.flags.isolated):  # -P, new in 3.11, and -I
+    if _safe_path():
         return
     if pkgutil.get_importer(script) is None:
         sys.path[0] = os.path.dirname(os.path.realpath(script))
     else:
         del sys.path[0]  # a directory or zip file: runpy puts it there
+
+
+def _safe_path() -> bool:
+    """Say whether Python was told to have no directory of the program's on the path."""
+    return bool(getattr(sys.flags, "safe_path", sys.flags.isolated))  # -P, new in 3.11, and -I
 
 
 def _comes_from_runpy(err: Exception) -> bool:

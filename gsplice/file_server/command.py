@@ -7,10 +7,12 @@ import os
 import signal
 import socket
 import sys
+from collections.abc import Callable
 from typing import Any, Final
 
 import gevent
 import gevent.os
+import gevent.socket
 from gevent.monkey import get_original
 from gevent.pywsgi import WSGIHandler, WSGIServer
 
@@ -60,13 +62,20 @@ class Server(WSGIServer):  # type: ignore[misc]
         super().__init__(gevent.socket.socket(fileno=listener.detach()), app, log=log)
         self.figures = figures
 
-    def run(self, worker: int = 0, lifeline: int | None = None) -> int:
-        """Serve until SIGINT or SIGTERM comes, or the process at *lifeline*'s other end is gone."""
+    def run(
+        self, worker: int = 0, lifeline: int | None = None, begun: Callable[[], None] = lambda: None
+    ) -> int:
+        """Serve until SIGINT or SIGTERM comes, or the process at *lifeline*'s other end is gone.
+
+        Calls *begun* when it can be stopped by a signal.
+        """
+        self.start()  # before it can be stopped, which a server that has not been started can't
         for number in (signal.SIGINT, signal.SIGTERM):
             gevent.signal_handler(number, self.stop)
         if lifeline is not None:
             gevent.spawn(self._stop_at_the_end_of, lifeline)
         self.figures.begin(worker)
+        begun()
         self.serve_forever()
         return 0
 
@@ -93,20 +102,25 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> int:
         return 1
     host = f"[{arguments.host}]" if ":" in arguments.host else arguments.host
     address = f"http://{host}:{listeners[0].getsockname()[1]}/"
-    print(f"Serving {shown(arguments.directory)} at {address} (Ctrl-C to stop)")
-    print(f"gsplice {patched}", flush=True)
+
+    def say_so() -> None:
+        print(f"Serving {shown(arguments.directory)} at {address} (Ctrl-C to stop)")
+        print(f"gsplice {patched}", flush=True)
 
     figures = Figures(arguments.workers)
     app = make_app(arguments.directory, arguments.follow_symlinks, figures)
     log = "default" if arguments.access_log else None
 
-    def work(worker: int, lifeline: int | None = None) -> int:
+    if arguments.workers == 1:
+        return Server(listeners[0], app, figures, log).run(begun=say_so)
+
+    def work(worker: int, lifeline: int) -> int:
         mine = listeners[worker].dup()  # the parent's stays, for a worker that follows
         for listener in listeners:
             listener.close()
         return Server(mine, app, figures, log).run(worker, lifeline)
 
-    return work(0) if arguments.workers == 1 else prefork(arguments.workers, work)
+    return prefork(arguments.workers, work, say_so)
 
 
 def _listen(host: str, port: int, number: int) -> list[socket.socket]:

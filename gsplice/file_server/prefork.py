@@ -29,16 +29,19 @@ DEATHS_PERIOD: Final = 10.0
 PATIENCE: Final = 10.0
 
 
-def prefork(number: int, work: Callable[[int, int], int]) -> int:
+def prefork(
+    number: int, work: Callable[[int, int], int], begun: Callable[[], None] = lambda: None
+) -> int:
     """Have *work* done in *number* processes until SIGINT or SIGTERM comes; return the exit code.
 
     ``work(worker, lifeline)`` is called in each, with its number and a descriptor that is at its
     end when the parent has died, and returns the exit code. It is to end on SIGTERM. A worker that
-    ends before is replaced, unless too many do.
+    ends before is replaced, unless too many do. *begun* is called when all have been started, and
+    signals are waited for.
 
     Returns in the parent only, when all workers have ended.
     """
-    return _Parent(number, work).run()
+    return _Parent(number, work).run(begun)
 
 
 class _Parent:
@@ -50,10 +53,11 @@ class _Parent:
         self._lifeline = os.pipe()
         self._mask = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
 
-    def run(self) -> int:
+    def run(self, begun: Callable[[], None]) -> int:
         try:
             for worker in range(self._number):
                 self._start(worker)
+            begun()
             while signal.sigwait(_SIGNALS) == signal.SIGCHLD:
                 if not self._replace_the_dead():
                     return 1
@@ -87,8 +91,7 @@ class _Parent:
 
     def _replace_the_dead(self) -> bool:
         """Start a worker for each that has ended; False if that makes no sense any more."""
-        for process, status in self._reap():
-            worker = self._workers.pop(process)
+        for process, worker, status in self._reap():
             _say(f"worker {process} {_ending(status)}")
             self._deaths.append(time.monotonic())
             often = len(self._deaths) == self._deaths.maxlen
@@ -98,15 +101,16 @@ class _Parent:
             self._start(worker)
         return True
 
-    def _reap(self) -> list[tuple[int, int]]:
-        """Return the processes that have ended, with their status."""
-        ended: list[tuple[int, int]] = []
-        while len(ended) < len(self._workers):
+    def _reap(self) -> list[tuple[int, int, int]]:
+        """Forget the workers that have ended; return their processes, numbers and statuses."""
+        ended: list[tuple[int, int, int]] = []
+        while self._workers:
             process, status = _waitpid(-1, os.WNOHANG)
             if not process:
                 break
-            ended.append((process, status))
-        return [(process, status) for process, status in ended if process in self._workers]
+            if process in self._workers:
+                ended.append((process, self._workers.pop(process), status))
+        return ended
 
     def _end(self) -> None:
         """End the workers; kill those that don't."""
@@ -117,8 +121,7 @@ class _Parent:
             if left <= 0:
                 self._tell(signal.SIGKILL)
             signal.sigtimedwait({signal.SIGCHLD}, max(left, 1))
-            for process, _ in self._reap():
-                del self._workers[process]
+            self._reap()
 
     def _tell(self, number: signal.Signals) -> None:
         for process in self._workers:

@@ -1,7 +1,8 @@
 "use strict";
 
-// The last two minutes, asked for every second.
+// Asked for every second; a plot shows half a minute at first, and two minutes at most.
 const SAMPLES = 120;
+const FEWEST = 30;
 const PERIOD = 1000;
 const WIDTH = 300, HEIGHT = 80;
 
@@ -81,7 +82,7 @@ class Plot {
     this.paths = this.series.map(() => add(this.svg, "path"));
     this.scale = add(figure, "p", "", {class: "scale"});
     this.most = add(this.scale, "span");
-    add(this.scale, "span", "last 2 minutes");
+    this.span = add(this.scale, "span");
     this.history = this.series.map(() => []);
   }
 
@@ -94,15 +95,17 @@ class Plot {
       this.values[i].textContent = this.format(value);
     });
     const most = Math.max(this.least, ...this.history.flat());
+    const span = Math.max(FEWEST, this.history[0].length);
     this.history.forEach((values, i) => {
       const points = values.map((value, at) => {
-        const x = WIDTH * (SAMPLES - values.length + at) / (SAMPLES - 1);
+        const x = WIDTH * (span - values.length + at) / (span - 1);
         const y = (HEIGHT - 2) * (1 - value / most) + 1;
         return `${x.toFixed(1)} ${y.toFixed(1)}`;
       });
       this.paths[i].setAttribute("d", "M" + points.join("L"));
     });
     this.most.textContent = "scale: 0 to " + this.format(most);
+    this.span.textContent = `last ${span * PERIOD / 1000} s`;
     const now = this.series.map(([name], i) => `${name} ${this.values[i].textContent}`).join(", ");
     this.svg.setAttribute("aria-label", `${this.title}, now: ${now}`);
   }
