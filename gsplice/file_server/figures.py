@@ -144,7 +144,9 @@ class _Board:
 
     def __init__(self, workers: int) -> None:
         self._workers = workers
-        self._memory = mmap.mmap(-1, (1 + 2 * workers) * self._NOTE)
+        size = (1 + 2 * workers) * self._NOTE
+        # A single one keeps it to itself: whoever forks it then has not asked for anything shared.
+        self._memory = bytearray(size) if workers == 1 else mmap.mmap(-1, size)
 
     def write(self, worker: int, figures: dict[str, Any]) -> None:
         """Put *figures* in place of what the worker had noted."""
