@@ -158,7 +158,7 @@ except SystemExit as err:
     assert run_program(program) == expected
 
 
-@pytest.mark.parametrize("number", ["0", "-1", "257", "many"])
+@pytest.mark.parametrize("number", ["0", "many"])
 def test_a_number_of_workers_that_makes_no_sense(number: str) -> None:
     command = [*SERVE, f"--workers={number}"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT)
@@ -296,14 +296,14 @@ def test_workers_end_with_a_parent_that_was_killed(root: Path) -> None:
         wait_until(lambda: not any(map(is_alive, workers)))
 
 
-@pytest.mark.parametrize("workers", ["1", "2"])
-def test_a_port_that_another_server_has_is_not_shared(root: Path, workers: str) -> None:
+def test_a_port_that_another_server_has_is_not_shared(root: Path) -> None:
     with serving(root, "--workers", "2") as server:
-        command = [*SERVE, "--workers", workers, "--port", str(server.port), str(root)]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT)
-    assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr.startswith(f"cannot listen on 127.0.0.1:{server.port}: ")
-    assert done.stderr.count("\n") == 1
+        for workers in ("1", "2"):
+            command = [*SERVE, "--workers", workers, "--port", str(server.port), str(root)]
+            done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT)
+            assert (done.returncode, done.stdout) == (1, "")
+            assert done.stderr.startswith(f"cannot listen on 127.0.0.1:{server.port}: ")
+            assert done.stderr.count("\n") == 1
 
 
 def test_stalls_are_measured_while_somebody_watches() -> None:
