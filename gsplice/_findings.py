@@ -5,9 +5,11 @@ What can be tried is tried, by :mod:`gsplice._trials` and by a real transfer.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import importlib.metadata
+import itertools
 import os
 import stat
 from collections.abc import Callable, Iterator, Mapping
@@ -138,7 +140,7 @@ def _path(path: str) -> Iterator[Finding]:
                     "Give the name of a file there that this user may read.",
                 )
                 return
-            yield from _file(f"{path} ({kind})", fd, writable)
+            yield from _file(f"{path} ({kind})", fd)
             if writable is not None:
                 other = stack.enter_context(_trials.written_in(writable))
                 yield _tried(
@@ -170,20 +172,12 @@ def _open(path: str, mode: int, stack: ExitStack) -> tuple[int | None, str | Non
         return stack.enter_context(_trials.written_in(path)), path
     except OSError:  # read-only, not ours, full, or no such filesystem
         pass
-    names = 0
-    for directory, _, files in os.walk(path):
-        for name in files:
-            names += 1
-            candidate = os.path.join(directory, name)
-            try:
-                status = os.lstat(candidate)
-                if stat.S_ISREG(status.st_mode) and status.st_size:
-                    return _open_read(candidate, stack), None
-            except OSError:
-                continue
-        names += 1
-        if names > _MOST_NAMES:
-            break
+    there = (os.path.join(where, name) for where, _, names in os.walk(path) for name in names)
+    for candidate in itertools.islice(there, _MOST_NAMES):
+        with contextlib.suppress(OSError):  # not to be read
+            status = os.lstat(candidate)
+            if stat.S_ISREG(status.st_mode) and status.st_size:
+                return _open_read(candidate, stack), None
     return None, None
 
 
@@ -193,10 +187,10 @@ def _open_read(path: str, stack: ExitStack) -> int:
     return fd
 
 
-def _file(subject: str, fd: int, written: str | None) -> Iterator[Finding]:
+def _file(subject: str, fd: int) -> Iterator[Finding]:
     yield _tried(
         f"{subject}: splice",
-        lambda: _trials.send_and_splice(fd),
+        lambda: _trials.move_file(fd),
         "files go to pipes by splice and to sockets by sendfile",
         "Files from here are read and sent. Serve them from another filesystem to have them moved "
         "by the kernel.",
@@ -239,11 +233,12 @@ def _pipes() -> Iterator[Finding]:
         wanted = capacity_of(1)
         granted = _trials.pipe_of(wanted)
     except OSError as err:
-        yield Finding("pipes", f"none to be had ({err.strerror})", "Raise the limits.", True)
+        to_do = "See that /proc is mounted, and that descriptors are left."
+        yield Finding("pipes", f"not to be examined ({err.strerror})", to_do, True)
         return
     if granted >= wanted:
         yield Finding("pipe capacity", f"a new pipe got the {_bytes(wanted)} that it asked for")
-    elif wanted > most and not exempt:
+    elif wanted > most:
         yield Finding(
             "pipe capacity",
             f"a new pipe has {_bytes(granted)}: pipe-max-size allows this user {_bytes(most)}",

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from typing import Final
 
 from ._linux import F_GETPIPE_SZ, F_SETPIPE_SZ, RWF_NOWAIT, fcntl
+from .residency import refuse_uncached
 
 SAMPLE: Final = b"gsplice" * 1000
 
@@ -87,8 +88,9 @@ def send_file(fd: int) -> None:
         _same(far.recv(sent) if sent else b"", os.pread(fd, sent, 0))
 
 
-def send_and_splice(fd: int) -> None:
-    """Do both with the first page of a file."""
+def move_file(fd: int) -> None:
+    """Move the first page of a file both ways, if it is one that gsplice would move at all."""
+    refuse_uncached(fd)
     splice_file(fd)
     send_file(fd)
 

@@ -108,6 +108,13 @@ def test_fuse(tmp_path: Path) -> None:
     assert report.findings[f"{kind}: splice"]["status"] == "ok"
 
 
+def test_fuse_that_wants_to_be_asked_each_time(tmp_path: Path) -> None:
+    with SlowFS(tmp_path, "--direct-io") as slow:
+        (slow.directory / "file").write_bytes(b"x" * 10_000)
+        [subject] = Report([*DOCTOR, str(slow.mount / "file")], 1).attention()
+    assert subject.startswith(str(slow.mount)) and subject.endswith(": splice")
+
+
 def test_what_is_no_file_is_not_opened(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "fifo")
     report = Report([*DOCTOR, str(tmp_path / "fifo")], 1)

@@ -62,7 +62,7 @@ for (const element of document.body.querySelectorAll("*")) {
     if (is < 3) faults.push([element.outerHTML.slice(0, 80), "contrast", is]);
   }
   const box = element.getBoundingClientRect();
-  if (box.right > arguments[0] + 1) faults.push([element.outerHTML.slice(0, 80), "width", box.right]);
+  if (box.right > arguments[0] + 1) faults.push([element.outerHTML.slice(0, 80), box.right]);
 }
 if (document.scrollingElement.scrollWidth > arguments[0]) faults.push(["page", "width"]);
 return [looked, faults];
