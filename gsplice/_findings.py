@@ -24,7 +24,7 @@ from ._linux import LINUX
 from ._pipe import capacity_of
 from ._stats import stats
 from .config import KiB, MiB, settings
-from .monkey import patch_all, unpatch_all
+from .monkey import is_for_later, patch_all, unpatch_all
 from .residency import answered_by
 
 #: What a transfer from a file holds: the socket, the file, and a duplicate of it for the thread.
@@ -330,20 +330,21 @@ def _patching() -> Iterator[Finding]:
     # Or patch_all() would leave pywsgi for when it is imported.
     import gevent.pywsgi  # noqa: F401
 
-    before = patch_all(socket=False, shutil=False, pywsgi=False).patched
+    before = patch_all(socket=False, shutil=False, pywsgi=False, gunicorn=False).patched
     result = patch_all()
     try:
-        if result.not_patched:
+        forbidden = {
+            name: reason for name, reason in result.not_patched.items() if not is_for_later(reason)
+        }
+        if forbidden:
             yield Finding(
                 "patch_all()",
-                f"does not patch {', '.join(result.not_patched)}: "
-                f"{'; '.join(sorted(set(result.not_patched.values())))}",
+                f"does not patch {', '.join(forbidden)}: {'; '.join({*forbidden.values()})}",
                 "Have whatever forbids it (a sandbox, or the program's own code) let it through.",
                 True,
             )
         if result:
-            yield Finding("patch_all()", f"patches {', '.join(result.patched)}")
-        if result:
+            yield Finding("what is patched", str(result))
             yield _transfer()
     finally:
         if not before:

@@ -101,6 +101,11 @@ def patch_all(
     return result
 
 
+def is_for_later(reason: str) -> bool:
+    """Say whether *reason*, of :class:`PatchResult`, is that nobody has imported the module yet."""
+    return reason in map(str, _LATER.values())
+
+
 def unpatch_all() -> None:
     """Put every original back, as if :func:`patch_all` had never been called.
 
