@@ -386,7 +386,7 @@ def _transfer() -> Finding:
         f"of 1 MiB of a file, {_bytes(sent + spliced)} went inside the kernel to a TCP socket, and "
         f"{_bytes(received)} arrived; "
         f"reasons: {', '.join(reasons) or 'none counted'}",
-        "Look the reason up in the README's table.",
+        "Look the reason up in docs/taken.md.",
         True,
     )
 

@@ -17,7 +17,7 @@ Beside other metrics, with ``pip install 'gsplice[prometheus]'``::
 ``gsplice_transferred_bytes_total`` by ``way``: splice, sendfile, copy_file_range, memory
     Bytes delivered inside the kernel, or through Python's memory as part of such a transfer.
 ``gsplice_fallbacks_total`` by ``reason``
-    Calls handed to the original function, or finished by it. The reasons are in the README.
+    Calls handed to the original function, or finished by it. The reasons are in docs/taken.md.
 ``gsplice_offloads_total``
     Disk waits that went to a thread.
 ``gsplice_pipes_created_total``, ``gsplice_pipes_closed_total``
