@@ -293,7 +293,11 @@ def test_workers_end_with_a_parent_that_was_killed(root: Path) -> None:
     with serving(root, "--workers", "2") as server, server.ask("huge"):
         workers = server.workers()
         server.process.kill()
-        wait_until(lambda: not any(map(is_alive, workers)))
+        try:
+            wait_until(lambda: not any(map(is_alive, workers)))
+        finally:
+            for worker in filter(is_alive, workers):
+                os.kill(worker, signal.SIGKILL)
 
 
 def test_a_port_that_another_server_has_is_not_shared(root: Path) -> None:
