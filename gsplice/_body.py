@@ -8,7 +8,9 @@ a body differs from one to the other, so whoever has moved the bytes goes on wit
 
 from __future__ import annotations
 
+import contextlib
 import sys
+from types import MethodDescriptorType
 from typing import Any
 
 from .endpoints import Socket
@@ -44,11 +46,21 @@ class Body(Socket):
 
 
 def reads_as_written(obj: Any, *methods: str) -> bool:
-    """Say whether the class of *obj* still has the first of *methods* that came with its module.
+    """Say whether *obj* has *methods* as its module defines them in its class.
 
-    And whether the instance has none of them of its own.
+    Neither the instance nor anybody who has replaced one in the class reads in another way.
     """
     cls = type(obj)
-    namespace = getattr(getattr(cls, methods[0]), "__globals__", None)
     own: dict[str, Any] = getattr(obj, "__dict__", {})
-    return namespace is vars(sys.modules[cls.__module__]) and own.keys().isdisjoint(methods)
+    module = sys.modules.get(cls.__module__)
+    if module is None or not own.keys().isdisjoint(methods):
+        return False
+    # What @contextmanager has wrapped is a function of contextlib's.
+    namespaces = vars(module), vars(contextlib)
+    for name in methods:
+        method = getattr(cls, name, None)
+        if method is None or isinstance(method, MethodDescriptorType):
+            continue  # a version does not have it; or it is written in C
+        if not any(getattr(method, "__globals__", None) is each for each in namespaces):
+            return False
+    return True

@@ -10,10 +10,13 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any, Final
 
+from gevent.monkey import is_object_patched
+
 from ._socket import sendfile
 from ._stats import counters
 from ._wsgi_files import Part, find
 from .recognise import NotOurs, by_name, regular_file, stream_socket
+from .transfer import Transfer, read
 
 _RESPONSE: Final = {("gunicorn.http.wsgi", "Response"): True}
 _WRAPPER: Final = {("gunicorn.http.wsgi", "FileWrapper"): True}
@@ -22,14 +25,12 @@ _WRAPPER: Final = {("gunicorn.http.wsgi", "FileWrapper"): True}
 def replacements(worker_class: Any) -> SimpleNamespace:
     """Return the replacements for methods of *worker_class*, gunicorn's ``GeventWorker``."""
     originals: dict[str, Any] = {"handle_request": worker_class.handle_request}
+    owner = f"{worker_class.__module__}.{worker_class.__qualname__}"
 
     def handle_request(self: Any, *args: Any, **kwargs: Any) -> Any:
         if type(self.wsgi) is not _Application:
-            self.wsgi = _Application(self.wsgi, is_patched)
+            self.wsgi = _Application(self.wsgi, owner)
         return originals["handle_request"](self, *args, **kwargs)
-
-    def is_patched() -> bool:
-        return worker_class.handle_request is handle_request
 
     handle_request.__doc__ = worker_class.handle_request.__doc__
     handle_request.__qualname__ = worker_class.handle_request.__qualname__
@@ -41,13 +42,16 @@ def replacements(worker_class: Any) -> SimpleNamespace:
 class _Application:
     """The application, with results that send themselves as long as the worker is patched."""
 
-    def __init__(self, app: Callable[..., Any], is_patched: Callable[[], bool]) -> None:
+    def __init__(self, app: Callable[..., Any], owner: str) -> None:
         self._app = app
-        self._is_patched = is_patched
+        self._owner = owner
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._app, name)  # for hooks that look at the worker's application
 
     def __call__(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Any:
         result = self._app(environ, start_response)
-        part = find(result) if self._is_patched() else None
+        part = find(result) if is_object_patched(self._owner, "handle_request") else None
         if part is None or (part.length is None and by_name(type(result), _WRAPPER)):
             return result
         try:
@@ -67,7 +71,7 @@ class _FilePart:
         if not by_name(type(response), _RESPONSE) or not _takes_all(response):
             raise NotOurs("response")
         stream_socket(response.sock)
-        regular_file(part.file)
+        self._src = regular_file(part.file)
         self._response = response
         self._part: Part | None = part
         most = response.response_length
@@ -79,10 +83,18 @@ class _FilePart:
         return self
 
     def __next__(self) -> bytes:
-        """Send all, and count it as gunicorn does. Lets out what sending raises."""
+        """Send all, and count it as gunicorn does. Lets out what reading and sending raise.
+
+        A file that can't be read is an error before the headers are sent, which gunicorn answers.
+        """
         part, self._part = self._part, None
-        if part is not None and self._length:
+        if part is not None and self._length > 0:
             start = part.file.seek(part.start, part.whence)
+            transfer = Transfer()
+            try:
+                read(transfer, self._src, start, 1)
+            finally:
+                transfer.close()
             self._response.send_headers()
             try:
                 sendfile(self._response.sock, part.file, start, self._length)

@@ -83,6 +83,10 @@ class Pipe:
         self.seen = 0
         alive[key] = weakref.ref(self)
 
+    def lend(self) -> None:
+        """Leave it to a thread that is still at work on it, which will close it."""
+        self.lent = True
+
     def close(
         self,
         _forget: Callable[..., object] = alive.pop,

@@ -55,7 +55,9 @@ def _splice(transfer: Transfer, src: Socket | Pipe, dst: Endpoint, asked: int) -
     if isinstance(src, Pipe) and isinstance(dst, File):
         asked = min(asked, src.holds())
         if asked and dst.write_waits(asked):
-            return into_file(transfer, dst, asked, (src,), _splice_to, asked)
+            return into_file(
+                transfer, dst, asked, (src,), _splice_to, asked, promised=lambda: asked
+            )
         asked = asked or 1  # to learn whether it is at its end
     try:
         return os.splice(src.fileno(), dst.fileno(), asked, flags=SPLICE_FLAGS)

@@ -171,7 +171,10 @@ def write(transfer: Transfer, dst: Endpoint, data: bytes, src: Endpoint | None =
         piece = view[:PIECE]
         try:
             if isinstance(dst, File) and dst.write_waits(len(piece)):
-                result = into_file(transfer, dst, len(piece), (), _write_at, piece)
+                promised = None if isinstance(src, File) else piece.__len__
+                result = into_file(
+                    transfer, dst, len(piece), (), _write_at, piece, promised=promised
+                )
                 if isinstance(result, OSError):
                     raise result
                 written = result
@@ -206,13 +209,22 @@ def into_file(
     job: Callable[..., int],
     *args: Any,
     loans: tuple[offload.Loan, ...] = (),
+    promised: Callable[[], int] | None = None,
 ) -> int | OSError:
     """Have a thread write at most *size* bytes where *dst* stands; return how many, or its error.
 
     Calls ``job(*descriptors of sources, that of dst, where to write, *args)``. On exit *dst* stands
-    after the bytes written; if the wait is interrupted, where it stood, and the thread may still
-    write behind that. Raises as :meth:`Transfer.on_thread` does.
+    after the bytes written. If the wait is interrupted while the thread is at work, it stands after
+    as many as are *promised*, which the thread still writes; or where it stood, if the source can
+    give the bytes again, and the thread may write them behind that. Raises as
+    :meth:`Transfer.on_thread` does.
     """
+    done: list[int] = []
+
+    def noted(*args: Any) -> int:
+        done.append(job(*args))
+        return done[0]
+
     threads = offload.threads()
     if threads is not None:  # two that reserve at the same time could not both go back
         turn = threads.turn_to_write((dst.status.st_dev, dst.status.st_ino))
@@ -223,11 +235,16 @@ def into_file(
         written = 0
         try:
             result: int | OSError = transfer.on_thread(
-                (*sources, dst), job, position, *args, loans=loans
+                (*sources, dst), noted, position, *args, loans=loans
             )
             if isinstance(result, int):
                 written = result
             return result
+        except BaseException:
+            if promised is not None:
+                at_work = threads is not None and turn.lent
+                written = promised() if at_work else sum(done)
+            raise
         finally:
             if transfer.is_ours():
                 dst.settle(position, size, written)

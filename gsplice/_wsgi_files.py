@@ -28,6 +28,14 @@ _BOUNDED: Final = {
 }
 
 
+class _Sequence:
+    def __getitem__(self, index: int) -> None:
+        raise IndexError
+
+
+_SequenceIterator: Final = type(iter(_Sequence()))
+
+
 class Part(NamedTuple):
     """A part of a file: ``file.seek(start, whence)`` leads to it; without a length, to the end."""
 
@@ -79,10 +87,22 @@ def _app_iter_range(result: Any) -> Part | None:
 
 
 def _narrowed(iterable: Any, start: Any, whence: int, stop: Any) -> Part | None:
-    whole = _whole(iterable)
+    whole = _whole(_sequence_of(iterable))
     if whole is None or whole.length is not None:
         return None
     return Part(whole.file, start, whence, None if stop is None else stop - start)
+
+
+def _sequence_of(iterable: Any) -> Any:
+    """Return what *iterable* goes over, if it is Python's own iterator, at its start.
+
+    It is that over gunicorn 22's wrapper, which has no ``__iter__``.
+    """
+    if type(iterable) is not _SequenceIterator:
+        return iterable
+    how_to_make_it: Any = iterable.__reduce__()
+    _, (sequence, *_), *position = how_to_make_it
+    return sequence if position == [0] else None
 
 
 #: Iterators over a range of another iterator.

@@ -20,6 +20,7 @@ class PywsgiBody(Body):
 
     __slots__ = ("_input",)
 
+    #: What the object has to read from.
     around = Socket
 
     def __init__(self, end: Socket, obj: Any) -> None:
@@ -29,9 +30,9 @@ class PywsgiBody(Body):
     @staticmethod
     def behind(obj: Any) -> Any | None:
         """Return the file that *obj* reads from; None if it gives other bytes, or none."""
-        if not reads_as_written(obj, "read") or obj.chunked_input or obj.content_length is None:
+        if not reads_as_written(obj, "read", "_do_read", "_send_100_continue"):
             return None
-        return obj.rfile
+        return None if obj.chunked_input or obj.content_length is None else obj.rfile
 
     def left(self) -> int:
         """Return how many bytes may be taken: what follows is the next request's."""
@@ -53,6 +54,7 @@ class GunicornBody(Body):
 
     __slots__ = ("_body",)
 
+    #: What the object has to read from.
     around = Socket
 
     def __init__(self, end: Socket, obj: Any) -> None:
@@ -121,7 +123,8 @@ class LimitedBody(Body):
 
     __slots__ = ("_inner", "_stream")
 
-    around = Body
+    #: What the object has to read from.
+    around: type[Socket] = Body
 
     def __init__(self, inner: Any, obj: Any) -> None:
         super().__init__(inner.obj, inner.raw, inner.sock)
@@ -131,7 +134,8 @@ class LimitedBody(Body):
     @staticmethod
     def behind(obj: Any) -> Any | None:
         """Return what *obj* reads from; None if it does so in a way of its own."""
-        plain = reads_as_written(obj, "readinto", "read") and not obj.closed
+        methods = ("read", "readinto", "on_exhausted", "on_disconnect")
+        plain = reads_as_written(obj, *methods) and not obj.closed
         return obj._stream if plain else None
 
     def left(self) -> int:
@@ -167,6 +171,11 @@ class LimitedBody(Body):
         with self._errors():
             self._inner.failed(err)
         raise AssertionError  # it makes an error of every error
+
+    def leave_source(self) -> None:
+        """Do what the inner body does."""
+        with self._errors():
+            self._inner.leave_source()
 
     @contextlib.contextmanager
     def _errors(self) -> Iterator[None]:

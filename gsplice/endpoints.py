@@ -48,10 +48,6 @@ class File:
         """Return the descriptor. Raises ValueError when the file has been closed."""
         return _fileno(self.raw)
 
-    def is_closed(self) -> bool:
-        """Say whether the file has been closed."""
-        return self.raw.closed  # type: ignore[no-any-return]
-
     def left(self) -> int:
         """Return how many bytes come after the offset, by what fstat(2) said at first.
 
@@ -151,12 +147,23 @@ class _Stream:
         self.obj = obj
         self.raw = raw
 
+    def fileno(self) -> int:
+        """Return the descriptor, as it is now."""
+        raise NotImplementedError
+
     def left(self) -> int:
         """Return how many bytes may be taken: all that come."""
         return sys.maxsize
 
+    def holds(self) -> int:
+        """Return how many bytes there are to read (pipe(7), tcp(7), unix(7): FIONREAD)."""
+        return int.from_bytes(ioctl(self.fileno(), FIONREAD, bytes(4)), sys.byteorder)
+
     def took(self, number: int) -> None:
-        """Note that *number* bytes have been taken from the descriptor, not yet delivered."""
+        """Note that *number* bytes have been taken from the descriptor, not yet delivered.
+
+        Below 0: that so many have not been taken after all.
+        """
 
     def failed(self, err: OSError) -> NoReturn:
         """Raise *err*, which the descriptor has given to whoever read from it."""
@@ -211,11 +218,6 @@ class Socket(_Stream):
             raise ValueError("I/O operation on closed file.")
         return self.sock.fileno()  # type: ignore[no-any-return]
 
-    def is_closed(self) -> bool:
-        """Say whether the socket, or its file, has been closed."""
-        closed = self.raw is not None and self.raw.closed
-        return bool(closed or self.sock.fileno() < 0)
-
     def write_some(self, data: memoryview) -> int:
         """Send part of *data*; say how much. Raises BlockingIOError when there is no room.
 
@@ -269,10 +271,6 @@ class Pipe(_Stream):
                 raise BlockingIOError(errno.EAGAIN, "pipe is full")
             data = data[: select.PIPE_BUF]  # for so much there is room then (pipe(7))
         return os.write(fd, data)
-
-    def holds(self) -> int:
-        """Return how many bytes there are to read (pipe(7), FIONREAD)."""
-        return int.from_bytes(ioctl(self.fileno(), FIONREAD, bytes(4)), sys.byteorder)
 
     def wait_read(self) -> None:
         """Wait until the pipe has bytes, or has lost its last writer."""

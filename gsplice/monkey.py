@@ -14,8 +14,7 @@ import logging
 import os
 import shutil as stdlib_shutil
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from importlib.machinery import ModuleSpec
+from collections.abc import Callable, Mapping
 from types import MappingProxyType, ModuleType
 from typing import Any, Final, NamedTuple
 
@@ -23,6 +22,7 @@ import gevent.monkey
 from gevent.socket import socket as GeventSocket
 
 from . import _gunicorn, _pywsgi, _shutil, _socket
+from ._imports import after_import, forget
 from ._linux import LINUX
 
 #: gevent.monkey has imported logging already.
@@ -87,7 +87,7 @@ def patch_all(
         if name in _patched:
             reason = None
         elif not wanted:
-            reason = str(_LATER[name]) if name in _watcher.waiting else "not asked for"
+            reason = str(_LATER[name]) if name in _awaited else "not asked for"
         elif refusal is not None:
             reason = refusal
         else:
@@ -111,7 +111,9 @@ def unpatch_all() -> None:
 
     A name that something else has wrapped since gets its original back all the same.
     """
-    _watcher.stop()
+    for name in _awaited:
+        forget(_LATER[name].module)
+    _awaited.clear()
     for target, names in _patched.values():
         saved = gevent.monkey.saved[target.__name__]
         for name in names:
@@ -127,6 +129,9 @@ _NAMES: Final = {
     "pywsgi": ("pywsgi.WSGIHandler.get_environ", "pywsgi.WSGIHandler.process_result"),
     "gunicorn": ("gunicorn.GeventWorker.handle_request",),
 }
+
+#: What is going to be patched when its module is imported.
+_awaited: Final[set[str]] = set()
 
 #: What is patched: where, and which names.
 _patched: Final[dict[str, tuple[ModuleType, list[str]]]] = {}
@@ -158,7 +163,8 @@ def _patch(name: str) -> str | None:
         later = _LATER[name]
         cls = getattr(sys.modules.get(later.module), later.cls, None)
         if cls is None:
-            _watcher.start(name)
+            after_import(later.module, functools.partial(_patch_later, name))
+            _awaited.add(name)
             return str(later)
         target, source = _ClassAsModule(cls), later.replacements(cls)
     if not gevent.monkey.patch_module(target, source):
@@ -169,53 +175,11 @@ def _patch(name: str) -> str | None:
     return None
 
 
-class _Watcher:
-    """Patches what is waited for as soon as somebody else has imported its module."""
-
-    def __init__(self) -> None:
-        self.waiting: set[str] = set()
-
-    def start(self, name: str) -> None:
-        self.waiting.add(name)
-        if self not in sys.meta_path:
-            sys.meta_path.insert(0, self)
-
-    def stop(self) -> None:
-        self.waiting.clear()
-        self._stop_if_done()
-
-    def _stop_if_done(self) -> None:
-        if not self.waiting and self in sys.meta_path:
-            sys.meta_path.remove(self)
-
-    def find_spec(
-        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
-    ) -> ModuleSpec | None:
-        names = [name for name in self.waiting if _LATER[name].module == fullname]
-        if not names:
-            return None
-        [name] = names
-        others = (finder for finder in sys.meta_path if finder is not self)
-        found = (finder.find_spec(fullname, path, target) for finder in others)
-        spec = next(filter(None, found), None)
-        if spec is not None and spec.loader is not None:
-            loader, execute = spec.loader, spec.loader.exec_module
-
-            def execute_and_patch(module: ModuleType) -> None:
-                execute(module)
-                if module.__name__ == fullname:  # a loader may serve several modules
-                    loader.exec_module = execute  # type: ignore[method-assign]
-                    if name in self.waiting:
-                        self.waiting.remove(name)
-                        self._stop_if_done()
-                        if _patch(name) is None:
-                            _log.info("patched: %s", ", ".join(_NAMES[name]))
-
-            loader.exec_module = execute_and_patch  # type: ignore[method-assign]
-        return spec
-
-
-_watcher: Final = _Watcher()
+def _patch_later(name: str) -> None:
+    """Patch *name*, whose module has just been imported."""
+    _awaited.discard(name)
+    if _patch(name) is None:
+        _log.info("patched: %s", ", ".join(_NAMES[name]))
 
 
 def _refusal() -> str | None:

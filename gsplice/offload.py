@@ -39,8 +39,11 @@ class Loan(Protocol):
     #: Whether the thread has it for good, as its greenlet has ended first.
     lent: bool
 
+    def lend(self) -> None:
+        """Leave it to the thread for good. Called on the hub."""
+
     def close(self) -> None:
-        """Give it up."""
+        """Give it up. Called on the thread, if it was left to that."""
 
 
 def hub_to_serve() -> Any:
@@ -89,6 +92,10 @@ class Descriptor:
         self.fd = os.dup(fd)
         _alive[self.fd] = weakref.ref(self)
 
+    def lend(self) -> None:
+        """Leave it to a thread for good."""
+        self.lent = True
+
     def close(self) -> None:
         """Close it, once, or when the file is no longer locked: see fcntl(2), Record locks.
 
@@ -99,18 +106,21 @@ class Descriptor:
             if each.fd < 0 or not _is_locked(each.fd):
                 with contextlib.suppress(ValueError):  # another thread has just done it
                     _kept.remove(each)
-                    each.__del__()
+                    each.drop()
 
-    def __del__(
+    def drop(
         self,
         _forget: Callable[..., object] = _alive.pop,
         _close: Callable[[int], None] = _close,
     ) -> None:
+        """Close it, once, whatever locks there are."""
         fd, self.fd = self.fd, -1
         if fd >= 0:
             _forget(fd, None)
             with contextlib.suppress(OSError):  # the user's own close reports it
                 _close(fd)
+
+    __del__ = drop
 
 
 def _is_locked(fd: int) -> bool:
@@ -165,7 +175,7 @@ class _Task:
             return False
         if _take(self._last):
             for loan in loans:
-                loan.lent = True
+                loan.lend()
         return True
 
 
@@ -186,6 +196,10 @@ class TurnToWrite:
         self._hub = hub
         self._semaphore = semaphore
         self.lent = False
+
+    def lend(self) -> None:
+        """Leave it to a thread for good."""
+        self.lent = True
 
     def end(self) -> None:
         """End it. Called on the hub."""
@@ -319,7 +333,7 @@ def _after_fork_in_child() -> None:
     for ref in [*_alive.values()]:
         descriptor = ref()
         if descriptor is not None:
-            descriptor.__del__()  # locks are the parent's
+            descriptor.drop()  # locks are the parent's
     hub = get_hub_if_exists()
     threads = hub.__dict__.pop(_ATTRIBUTE, None) if hub is not None else None
     if threads is None:

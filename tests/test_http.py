@@ -946,3 +946,18 @@ server.stop()
 @pytest.mark.parametrize("way", ["urllib", "requests"])
 def test_in_a_program(way):
     run_program(PROGRAM, way)
+
+
+def test_a_limited_stream_around_a_response(tmp_path: Path) -> None:
+    """The response lets go of its connection, as after a read to the end."""
+    from werkzeug.wsgi import LimitedStream
+
+    script = Script(((head(3 * MiB), CONTENT[: 3 * MiB]), (SECOND,)))
+    with gevent.Timeout(GUARD), Client(tmp_path, script) as client, counting() as grown:
+        response = client.get()
+        with client.sink() as sink:
+            shutil.copyfileobj(LimitedStream(response, 3 * MiB), sink)
+        assert client.path.read_bytes() == CONTENT[: 3 * MiB]
+        assert response.isclosed()
+        assert client.get().read() == b"second"
+    assert grown.bytes_spliced > 2 * MiB

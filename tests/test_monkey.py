@@ -131,7 +131,7 @@ import gunicorn.workers.ggevent
 worker = "gunicorn.workers.ggevent.GeventWorker"
 assert gevent.monkey.is_object_patched(worker, "handle_request")
 assert not gsplice.patch_all().not_patched
-assert gsplice.monkey._watcher not in sys.meta_path
+assert "gsplice" not in str(sys.meta_path)
 gsplice.unpatch_all()
 assert not gevent.monkey.is_module_patched(worker)
 """)
@@ -159,7 +159,7 @@ else:
     raise AssertionError("imported without gevent.server")
 import gevent.pywsgi
 assert gevent.monkey.is_object_patched("gevent.pywsgi.WSGIHandler", "process_result")
-assert gsplice.monkey._watcher.waiting == {"gunicorn"}
+assert gsplice.monkey._awaited == {"gunicorn"}
 """)
 
 
@@ -303,6 +303,68 @@ sys.modules.pop("html", None)
 import gevent.pywsgi
 assert "pywsgi.WSGIHandler.get_environ" in gsplice.patch_all().patched
 """)
+
+
+@pytest.mark.parametrize("kind", ["proxy", "slots", "legacy"])
+def test_an_import_does_not_fail_because_of_a_loader(kind: str) -> None:
+    """As wrapt puts one around another's, or as old ones are."""
+    run(
+        """
+import importlib.machinery, importlib.util, sys
+import gevent.monkey, gsplice
+class Base:
+    __slots__ = ["inner"]
+    def __init__(self, inner): self.inner = inner
+    def create_module(self, spec): return None
+class Slots(Base):
+    __slots__ = []
+    def exec_module(self, module): self.inner.exec_module(module)
+class Legacy(Base):
+    def load_module(self, name):
+        module = sys.modules[name] = type(sys)(name)
+        module.__file__ = self.inner.path
+        self.inner.exec_module(module)
+        return module
+class Proxy:
+    def __init__(self, inner): object.__setattr__(self, "inner", inner)
+    def __getattr__(self, name): return getattr(self.inner, name)
+    def __setattr__(self, name, value): setattr(self.inner, name, value)
+    def exec_module(self, module): self.inner.exec_module(module)
+class Finder:
+    busy = False
+    def find_spec(self, name, path=None, target=None):
+        if name != "gevent.pywsgi" or self.busy:
+            return None
+        self.busy = True
+        if kind == "proxy":  # around whatever the others find
+            spec = importlib.util.find_spec(name)
+        else:
+            spec = importlib.machinery.PathFinder.find_spec(name, path, target)
+        self.busy = False
+        spec.loader = {"proxy": Proxy, "slots": Slots, "legacy": Legacy}[kind](spec.loader)
+        return spec
+kind = """
+        + repr(kind)
+        + """
+for first in (True, False):
+    finder = Finder()
+    if first:
+        sys.meta_path.insert(0, finder)
+    gsplice.patch_all()
+    if not first:
+        sys.meta_path.insert(0, finder)
+    import warnings
+    warnings.simplefilter("ignore")  # about old loaders
+    import gevent.pywsgi
+    assert gevent.pywsgi.WSGIServer
+    if kind != "legacy":
+        assert "pywsgi.WSGIHandler.get_environ" in gsplice.patch_all().patched
+        assert "gsplice" not in type(gevent.pywsgi.__spec__.loader).__module__
+    gsplice.unpatch_all()
+    sys.meta_path.remove(finder)
+    del sys.modules["gevent.pywsgi"], gevent.pywsgi
+"""
+    )
 
 
 def test_settings_come_from_the_environment() -> None:

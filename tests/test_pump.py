@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import fcntl
 import os
 import signal
 import socket
+import sys
+import termios
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import gevent
-import gevent.event
 import gevent.os
 import pytest
 from conftest import counting, some_bytes
@@ -21,15 +24,18 @@ from gevent.monkey import get_original
 from slowfs import SlowFS
 
 import gsplice
+from gsplice import recognise
 from gsplice._pump import _Tap
-from gsplice.recognise import sink, source
+from gsplice.endpoints import Socket
+from gsplice.transfer import Transfer, move
 
 waitpid = get_original("os", "waitpid")  # gevent's may lose a child under libuv
 
 #: Jobs for closing what the thread had of a file of a filesystem that is told of each close.
 CLOSING = 1
 
-FIRST, SECOND = some_bytes(100 * KiB, 1), some_bytes(150 * KiB, 2)
+#: More than a small pipe holds.
+DATA = some_bytes(250 * KiB)
 
 
 @pytest.fixture(scope="module")
@@ -39,14 +45,13 @@ def slow(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SlowFS]:
 
 
 class Held(Ends):
-    """A copy from a socket to a file: FIRST is held up on its way to the disk, SECOND is there."""
+    """A copy from a socket to a file, whose first piece is held up on its way to the disk."""
 
     def __init__(
         self,
         directory: Path,
         slow: SlowFS,
         copy: Callable[[Any, Any], Any] = gsplice.copy,
-        second: bytes = SECOND,
         kind: str = "unix",
     ) -> None:
         super().__init__(directory)
@@ -54,12 +59,14 @@ class Held(Ends):
         self.name = directory.name
         self.sock, self.peer = self.connect(kind)
         self.peer.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4 * MiB)
+        self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4 * MiB)
         self.dst = self.enter_context((slow.mount / self.name).open("wb", 0))
         slow.hold(self.name, "write")
-        assert self.peer._sock.send(FIRST) == len(FIRST)
+        self.peer.sendall(DATA)
+        until(lambda: held_by(self.sock) == len(DATA))
         self.moving = self.spawn(copy, self.sock, self.dst)
         until(lambda: slow.begun(self.name, "write"))
-        assert self.peer._sock.send(second) == len(second)
+        assert 0 < held_by(self.sock) < len(DATA)
 
     def release(self) -> None:
         self.slow.release(self.name, "write")
@@ -67,6 +74,27 @@ class Held(Ends):
     def written(self) -> bytes:
         threads_done()
         return (self.slow.directory / self.name).read_bytes()
+
+    def rest(self) -> bytes:
+        """Return what is left in the socket."""
+        self.peer.shutdown(socket.SHUT_WR)
+        return b"".join(iter(lambda: self.sock.recv(MiB), b""))
+
+
+def held_by(sock: Any) -> int:
+    return int.from_bytes(fcntl.ioctl(sock.fileno(), termios.FIONREAD, bytes(4)), sys.byteorder)
+
+
+@pytest.fixture(autouse=True)
+def small_pipe(no_pipe_lost: None) -> Iterator[None]:
+    """The next pipe to be lent holds less than DATA."""
+    pipe = gsplice.pipes.acquire()
+    assert pipe is not None
+    fcntl.fcntl(pipe.write_fd, fcntl.F_SETPIPE_SZ, 64 * KiB)
+    gsplice.pipes.release(pipe)
+    yield
+    with contextlib.suppress(OSError, ValueError):  # it is closed
+        fcntl.fcntl(pipe.write_fd, fcntl.F_SETPIPE_SZ, pipe.capacity)
 
 
 @pytest.fixture(autouse=True)
@@ -80,15 +108,14 @@ def test_one_trip_for_all_there_is(slow: SlowFS, tmp_path: Path) -> None:
     with counting() as grown, Held(tmp_path, slow) as held:
         held.peer.shutdown(socket.SHUT_WR)
         held.release()
-        assert held.moving.get(timeout=GUARD) == len(FIRST + SECOND)
-        assert held.dst.tell() == len(FIRST + SECOND)
-        assert held.written() == FIRST + SECOND
-    assert grown.bytes_spliced == len(FIRST + SECOND)
+        assert held.moving.get(timeout=GUARD) == held.dst.tell() == len(DATA)
+        assert held.written() == DATA
+    assert grown.bytes_spliced == len(DATA)
     assert grown.offloads == 1 + CLOSING
 
 
 def test_no_more_than_was_asked_for(slow: SlowFS, tmp_path: Path) -> None:
-    count = len(FIRST) + 1000
+    count = len(DATA) - 1000
 
     def copy(src: Any, dst: Any) -> int:
         return gsplice.copy(src, dst, count)
@@ -96,50 +123,141 @@ def test_no_more_than_was_asked_for(slow: SlowFS, tmp_path: Path) -> None:
     with counting() as grown, Held(tmp_path, slow, copy) as held:
         held.release()
         assert held.moving.get(timeout=GUARD) == held.dst.tell() == count
-        assert held.written() == (FIRST + SECOND)[:count]
-        assert held.sock.recv(MiB, socket.MSG_WAITALL | socket.MSG_PEEK)[:10] == SECOND[1000:1010]
+        assert held.written() == DATA[:count]
+        assert held.rest() == DATA[count:]
     assert grown.offloads == 1 + CLOSING
 
 
-@pytest.mark.parametrize("end", ["killed", "timed out"])
 @pytest.mark.usefixtures("quiet")
+@pytest.mark.parametrize("end", ["killed", "timed out"])
 def test_nothing_more_is_taken_when_the_greenlet_has_gone(
     slow: SlowFS, tmp_path: Path, end: str
 ) -> None:
-    """Whoever reads from the socket next gets all that follows."""
+    """What has been taken is written, and the file stands behind it; the rest is still there."""
     with Held(tmp_path, slow) as held:
         held.moving.kill(GreenletExit if end == "killed" else gevent.Timeout, timeout=GUARD)
+        stands = held.dst.tell()
         held.release()
+        assert held.written() == DATA[:stands]
+        assert held.rest() == DATA[stands:] != b""
+
+
+@pytest.mark.usefixtures("quiet")
+def test_a_copy_that_is_taken_up_again(slow: SlowFS, tmp_path: Path) -> None:
+    with Held(tmp_path, slow) as held:
+        held.moving.kill(gevent.Timeout, timeout=GUARD)
+        again = held.spawn(gsplice.copy, held.sock, held.dst)
         held.peer.shutdown(socket.SHUT_WR)
-        assert held.written() == FIRST
-        assert b"".join(iter(lambda: held.sock.recv(MiB), b"")) == SECOND
+        gevent.sleep(0)
+        held.release()
+        again.get(timeout=GUARD)
+        assert held.written() == DATA
+
+
+class Counted(Socket):
+    """Part of a stream, as the body of a message is."""
+
+    __slots__ = ("remains",)
+
+    def left(self) -> int:
+        return self.remains
+
+    def took(self, number: int) -> None:
+        self.remains -= number
+
+
+@pytest.mark.usefixtures("quiet")
+@pytest.mark.parametrize("end", ["killed", "not killed"])
+def test_what_a_thread_may_take_counts_as_taken_meanwhile(
+    slow: SlowFS, tmp_path: Path, end: str
+) -> None:
+    """Whoever else reads the same body then does not read on into the next message."""
+    src: Any = None
+
+    def copy(sock: Any, dst: Any) -> None:
+        nonlocal src
+        src = Counted(None, None, sock)
+        src.remains = len(DATA) - 1000
+        move(Transfer(), src, recognise.sink(dst))
+
+    with Held(tmp_path, slow, copy) as held:
+        assert src.remains == 0
+        if end == "killed":
+            held.moving.kill(timeout=GUARD)
+            assert 0 < src.remains == len(DATA) - 1000 - held.dst.tell()
+        held.release()
+        held.moving.join(GUARD)
+        assert held.written() == DATA[: len(DATA) - 1000 - src.remains]
+        assert held.rest() == DATA[len(DATA) - 1000 - src.remains :]
+
+
+def test_somebody_else_writes_meanwhile(slow: SlowFS, tmp_path: Path) -> None:
+    """It comes behind what the thread has in hand, without a hole."""
+    with Held(tmp_path, slow) as held:
+        stands = held.dst.tell()
+        assert len(DATA) >= stands
+        held.release()
+        held.dst.write(b"somebody else's")
+        held.peer.shutdown(socket.SHUT_WR)
+        held.moving.get(timeout=GUARD)
+        rest = DATA[stands:]
+        assert held.written() == DATA[:stands] + b"somebody else's" + rest
 
 
 @pytest.mark.usefixtures("quiet")
 @pytest.mark.parametrize("closed", ["sock", "dst"])
-def test_nothing_more_is_taken_when_an_end_has_been_closed(
-    slow: SlowFS, tmp_path: Path, closed: str
-) -> None:
+def test_an_end_is_closed(slow: SlowFS, tmp_path: Path, closed: str) -> None:
+    """A file gets what was there already; the peer of a socket learns of it at once."""
     with Held(tmp_path, slow) as held:
-        getattr(held, closed).close()
+        if closed == "sock":
+            held.sock.close()
+            with pytest.raises((ConnectionResetError, BrokenPipeError)):
+                held.peer.recv(1)  # bytes had not been read
+                held.peer.send(b"x")
+        else:
+            held.dst.close()
+        held.peer.close()
         held.release()
-        with pytest.raises((OSError, ValueError), match=r"Bad file descriptor|closed"):
-            held.moving.get(timeout=GUARD)
-        assert held.written() == FIRST
+        if closed == "sock":
+            with pytest.raises(OSError, match="Bad file descriptor"):
+                held.moving.get(timeout=GUARD)
+        else:
+            assert held.moving.get(timeout=GUARD) == len(DATA)
+        written = held.written()
+        assert written and DATA.startswith(written)
+        assert (written == DATA) == (closed == "dst")
+
+
+def test_the_number_of_a_closed_socket_is_anothers(tmp_path: Path) -> None:
+    """A thread may see that a moment after it has asked for the number."""
+    with Ends(tmp_path) as ends:
+        sock, _ = ends.connect("unix")
+        other, peer = ends.connect("unix")
+        peer.sendall(b"not for them")
+        tap = _Tap(Socket(None, None, sock), 100)
+        keep = os.dup(sock.fileno())
+        os.dup2(other.fileno(), sock.fileno())
+        pipe = gsplice.pipes.acquire()
+        assert pipe is not None
+        assert tap.fill(pipe) == tap.taken == 0
+        gsplice.pipes.release(pipe)
+        os.dup2(keep, sock.fileno())
+        os.close(keep)
+        assert other.recv(100) == b"not for them"
 
 
 @pytest.mark.usefixtures("quiet")
 def test_a_connection_that_is_reset(slow: SlowFS, tmp_path: Path) -> None:
-    with counting() as grown, Held(tmp_path, slow, second=b"x", kind="tcp") as held:
+    with counting() as grown, Held(tmp_path, slow, kind="tcp") as held:
         linger = bytes([1, 0, 0, 0, 0, 0, 0, 0])
         held.peer.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
         held.peer.close()
         held.release()
         with pytest.raises(ConnectionResetError):
             held.moving.get(timeout=GUARD)
-        assert held.written() == FIRST + b"x"
-        assert held.dst.tell() == len(FIRST) + 1
-    assert grown.bytes_spliced == len(FIRST) + 1
+        assert DATA.startswith(held.written())
+        assert held.dst.tell() == len(held.written())
+    assert grown.bytes_spliced == len(held.written())
 
 
 def test_it_goes_on_after_a_pause(slow: SlowFS, tmp_path: Path) -> None:
@@ -148,11 +266,11 @@ def test_it_goes_on_after_a_pause(slow: SlowFS, tmp_path: Path) -> None:
         held.release()
         until(lambda: is_waited_for(held.sock, "read"))
         assert gsplice.stats().pipes_in_use == 0
-        assert held.written() == FIRST + SECOND
-        held.peer.sendall(FIRST)
+        assert held.written() == DATA
+        held.peer.sendall(DATA[:1000])
         held.peer.shutdown(socket.SHUT_WR)
-        assert held.moving.get(timeout=GUARD) == len(FIRST + SECOND + FIRST)
-        assert held.written() == FIRST + SECOND + FIRST
+        assert held.moving.get(timeout=GUARD) == len(DATA) + 1000
+        assert held.written() == DATA + DATA[:1000]
     assert grown.offloads == 2 + CLOSING
 
 
@@ -171,18 +289,18 @@ def test_a_fork_while_the_thread_is_at_work(slow: SlowFS, tmp_path: Path) -> Non
         assert os.waitstatus_to_exitcode(waitpid(pid, 0)[1]) == errno.ECANCELED
         held.peer.shutdown(socket.SHUT_WR)
         held.release()
-        assert held.moving.get(timeout=GUARD) == len(FIRST + SECOND)
-        assert held.written() == FIRST + SECOND
+        assert held.moving.get(timeout=GUARD) == len(DATA)
+        assert held.written() == DATA
 
 
 def test_a_fork_while_the_thread_is_in_a_splice(tmp_path: Path) -> None:
     """In the child nobody would ever give the lock back."""
     with Ends(tmp_path) as ends:
-        tap = _Tap(source(ends.source("unix", b"")), sink(ends.sink("file")[0]), 1)
+        tap = _Tap(Socket(None, None, ends.source("bare_unix", b"")), 1)
         with tap._lock:
             pid = gevent.os.fork_gevent()
             if pid == 0:
                 signal.alarm(GUARD)
-                tap.lent = True
+                tap.lend()
                 os._exit(0)
         assert waitpid(pid, 0)[1] == 0

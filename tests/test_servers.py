@@ -237,6 +237,20 @@ def test_gunicorn_with_an_application_loaded_before_the_fork(root: Path, worker:
             assert json.loads(answer[answer.rindex(b'{"pipes') :])["bytes_sendfile"] >= SIZE
 
 
+def test_hooks_of_gunicorn_see_the_application(root: Path, tmp_path: Path) -> None:
+    conf = tmp_path / "conf.py"
+    conf.write_text(
+        (APPS / "gunicorn.conf.py").read_text()
+        + f"""
+def post_request(worker, req, environ, resp):
+    open({str(tmp_path / "seen")!r}, "a").write(worker.wsgi.__name__)
+"""
+    )
+    with serving(f"gunicorn-gevent -c {conf}", root, True) as server:
+        assert sendfile_grown(server, request("/flask/send_file", MIDDLE))[1] == 500_000
+    assert (tmp_path / "seen").read_text().startswith("app")
+
+
 def test_gunicorn_told_not_to_use_sendfile(root: Path) -> None:
     content = (root / "file.bin").read_bytes()
     with serving("gunicorn-gevent --no-sendfile", root, True) as server:
