@@ -12,15 +12,18 @@ from ._shutil import copyfileobj
 from ._socket import sendfile
 from ._stats import Stats, stats
 from .monkey import PatchResult, patch_all, unpatch_all
+from .relay import RelayResult, relay
 
 __all__ = [
     "PatchResult",
+    "RelayResult",
     "Stats",
     "config",
     "copy",
     "copyfileobj",
     "patch_all",
     "pipes",
+    "relay",
     "sendfile",
     "stats",
     "unpatch_all",

@@ -13,7 +13,7 @@ from .config import PIECE, SMALL
 from .endpoints import Endpoint, File, Pipe, Socket
 
 
-class _Refused(Exception):
+class Refused(Exception):
     """The kernel will not fill a pipe from this source."""
 
 
@@ -84,7 +84,7 @@ def through_pool(transfer: Transfer, src: Socket, dst: Endpoint) -> str | None:
             filled = fill(pipe, src, asked)
             if filled and not _empty(transfer, pipe, src, dst):
                 return "refused"
-        except _Refused:
+        except Refused:
             return "refused"
         finally:
             pipes.release(pipe)
@@ -130,7 +130,7 @@ def fill(pipe: pipes.Pipe, src: Socket, asked: int) -> int | None:
     """Splice at most *asked* bytes from *src* into *pipe*, which is empty on entry.
 
     On exit ``pipe.pending`` is what it holds, and returned. 0 is end of file, and nothing else is;
-    None: *src* has nothing now, and the pipe is still empty. Lets out _Refused, and what *src*
+    None: *src* has nothing now, and the pipe is still empty. Lets out Refused, and what *src*
     makes of an error of splice(2), with the pipe still empty.
     """
     fd = src.fileno()
@@ -143,7 +143,7 @@ def fill(pipe: pipes.Pipe, src: Socket, asked: int) -> int | None:
     except OSError as err:
         pipe.pending = 0  # splice(2) answers with an error only if it moved nothing
         if err.errno in REFUSALS:
-            raise _Refused from None
+            raise Refused from None
         src.failed(err)
     src.took(pipe.pending)
     return pipe.pending

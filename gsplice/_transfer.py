@@ -33,8 +33,8 @@ class Transfer:
         self.limit = limit
         self._since_switch = 0
         self._process = os.getpid()
-        #: What threads use in place of the descriptors of the ends.
-        self._owned: dict[Endpoint, offload.Descriptor] = {}
+        #: What threads use in place of the descriptors of the ends; most transfers have no threads.
+        self._owned: dict[Endpoint, offload.Descriptor] | None = None
 
     def room(self, most: int) -> int:
         """Return how many bytes may be asked for next, *most* at the most; 0 at the limit."""
@@ -94,18 +94,19 @@ class Transfer:
 
     def _own(self, ends: tuple[Endpoint, ...], fds: list[int]) -> list[offload.Descriptor] | None:
         """Return duplicates of *fds*, made once for each of the *ends*; None if none are left."""
+        owned = self._owned = self._owned or {}
         try:
             for end, fd in zip(ends, fds, strict=True):
-                if end not in self._owned:
-                    self._owned[end] = offload.Descriptor(fd)
+                if end not in owned:
+                    owned[end] = offload.Descriptor(fd)
         except OSError:
             return None
-        return [self._owned[end] for end in ends]
+        return [owned[end] for end in ends]
 
     def close(self) -> None:
         """Close what threads have used, but not what one is still using. Raises nothing."""
-        owned, self._owned = self._owned, {}
-        for end, descriptor in owned.items():
+        owned, self._owned = self._owned, None
+        for end, descriptor in (owned or {}).items():
             if descriptor.lent or not self.is_ours():
                 continue
             threads = offload.threads() if isinstance(end, File) and end.close_waits() else None

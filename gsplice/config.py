@@ -58,6 +58,18 @@ RECLAIM_PERIOD: Final = 10.0
 #: takes 0.4 ms; giving way costs 2 us.
 PIECE: Final = 2 * MiB
 
+#: A relay receives at most so much at once, as programs on gevent do; after a full read it splices,
+#: which costs the same at 40 KB and half as much at 400 KB (benchmarks/relay.py).
+READ: Final = 64 * KiB
+
+#: After so many fills in a row of less than READ it receives again. After one, the end of each big
+#: message would be taken for the end of the stream.
+SHORT_FILLS: Final = 2
+
+#: A fill of less than this has most likely left nothing, so that the source is waited for: a
+#: splice(2) in vain costs as much as giving way.
+LULL: Final = 128 * KiB
+
 #: A file with no more than this left goes by one read and one send: they cost less than sendfile(2)
 #: up to 100 KiB or so (benchmarks/file_to_socket.py), and nothing about them can surprise.
 SMALL: Final = 64 * KiB
