@@ -28,7 +28,7 @@ import gsplice
 
 Address = tuple[str, int]
 
-HOST_AND_PORT = re.compile(r"(?:\[([0-9A-Fa-f:.%\w]+)\]|([^\s:\[\]]+)):([0-9]{1,5})", re.ASCII)
+HOST_AND_PORT = re.compile(r"(?:\[([^\s\[\]]+)\]|([^\s:\[\]]+)):([0-9]{1,5})")
 
 
 @dataclasses.dataclass
@@ -124,7 +124,9 @@ class ProxyServer(StreamServer):
     def print_counts(self) -> None:
         clients = {"open": self.open, "total": self.total, "refused": self.refused}
         counts = {"pid": os.getpid(), "clients": clients, **self.counts()}
-        print(json.dumps({**counts, "gsplice": gsplice.stats().as_dict()}), flush=True)
+        line = json.dumps({**counts, "gsplice": gsplice.stats().as_dict()})
+        sys.stdout.write(line + "\n")  # in one piece, since workers write to it as well
+        sys.stdout.flush()
 
     def run(self) -> None:
         """Serve until SIGINT or SIGTERM, and then let what is under way end, for the grace time."""
@@ -187,7 +189,12 @@ def address(text: str) -> Address:
     match = HOST_AND_PORT.fullmatch(text)
     if match is None or int(match[3]) > 65535:
         raise argparse.ArgumentTypeError(f"{text!r} is not HOST:PORT, or [IPV6]:PORT")
-    return match[1] or match[2], int(match[3])
+    host = match[1] or match[2]
+    try:
+        host.encode("idna")  # as getaddrinfo() does
+    except UnicodeError as error:
+        raise argparse.ArgumentTypeError(f"{host!r} is no name of a host: {error}") from None
+    return host, int(match[3])
 
 
 def shown(address: Address) -> str:
@@ -203,7 +210,7 @@ def seconds(text: str) -> float:
 
 
 def positive(text: str) -> int:
-    number = int(text)
+    number = int(text) if text.isdecimal() else 0
     if number < 1:
         raise argparse.ArgumentTypeError(f"{text} is not a number from 1 up")
     return number
