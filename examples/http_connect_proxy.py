@@ -31,8 +31,8 @@ from proxy_server import Address, Counts, ProxyServer, address, main, seconds
 
 REQUEST_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+) ([!-~]+) HTTP/1\.[0-9]")
 MOST_HEADER = 16 * 1024
-#: Seconds for a client to read why it is sent away.
-LINGER = 2
+#: Seconds for a client to stop sending, and to read why it is sent away.
+LINGER = 10
 
 
 class Answer(Exception):

@@ -371,17 +371,26 @@ def test_worker_that_dies_is_replaced() -> None:
 
 
 def test_workers_end_with_their_parent() -> None:
-    with echoing() as backend, contextlib.ExitStack() as stack:
-        stack.enter_context(pytest.raises(AssertionError))  # this one doesn't end well
-        proxy = stack.enter_context(proxying(backend, arguments=("--workers", "2")))
-        workers = {each["pid"] for each in proxy.all_counts()}
-        proxy.process.kill()
-        proxy.process.wait()
+    with echoing() as backend:
+        with contextlib.suppress(Killed), proxying(backend, arguments=("--workers", "2")) as proxy:
+            workers = {each["pid"] for each in proxy.all_counts()}
+            raise Killed  # ended_with() kills it, then
         deadline = time.monotonic() + GUARD
-        while any(os.path.exists(f"/proc/{worker}/exe") for worker in workers):
+        while any(is_running(worker) for worker in workers):
             assert time.monotonic() < deadline, "they are still there"
             time.sleep(0.01)
-        raise AssertionError
+
+
+class Killed(Exception):
+    pass
+
+
+def is_running(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][0]
+    except FileNotFoundError:
+        return False
+    return state != "Z"
 
 
 def test_ctrl_c_with_workers() -> None:
@@ -389,6 +398,8 @@ def test_ctrl_c_with_workers() -> None:
     with listening() as backend:
         arguments = ("--workers", "2", "--grace", "100")
         with proxying(backend.getsockname(), arguments=arguments) as proxy:
+            workers = {each["pid"] for each in proxy.all_counts()}
+            assert all(os.getpgid(worker) == worker for worker in workers)
             with proxy.connect() as client, accept(backend) as server:
                 os.killpg(proxy.process.pid, signal.SIGINT)
                 proxy.until_refused()
