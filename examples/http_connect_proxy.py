@@ -27,7 +27,8 @@ from typing import Any
 
 import gevent
 import gevent.socket
-from proxy_server import Address, Counts, ProxyServer, address, main, seconds
+from proxy_options import Address, host_and_port, seconds
+from proxy_server import Counts, ProxyServer, main
 
 REQUEST_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+) ([!-~]+) HTTP/1\.[0-9]")
 MOST_HEADER = 16 * 1024
@@ -70,7 +71,7 @@ class ConnectProxy(ProxyServer):
         if match[1] != b"CONNECT":
             raise Answer(HTTPStatus.METHOD_NOT_ALLOWED, "Only CONNECT is.", "Allow: CONNECT")
         try:
-            target = address(match[2].decode())
+            target = host_and_port(match[2].decode())
         except argparse.ArgumentTypeError as error:
             raise Answer(HTTPStatus.BAD_REQUEST, error) from None
         if target[1] not in self.options.allow_port:

@@ -23,7 +23,8 @@ import sys
 from typing import Any
 
 import gevent.socket
-from proxy_server import Address, Counts, ProxyServer, address, main, shown
+from proxy_options import Address, host_and_port, shown
+from proxy_server import Counts, ProxyServer, main
 
 
 @dataclasses.dataclass
@@ -98,7 +99,7 @@ if __name__ == "__main__":
     )
     parser.add_argument(
         "--to",
-        type=address,
+        type=host_and_port,
         action="append",
         required=True,
         metavar="HOST:PORT",
