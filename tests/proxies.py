@@ -8,6 +8,7 @@ import http.server
 import json
 import os
 import re
+import select
 import signal
 import socket
 import socketserver
@@ -256,15 +257,24 @@ def server_context(certificate: Path) -> ssl.SSLContext:
 
 
 def exchange(sock: socket.socket, data: bytes) -> bytes:
-    """Send *data*, and meanwhile receive as much."""
+    """Send *data*, and meanwhile receive as much; in one thread, as an SSLSocket is not for two."""
+    blocked = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
     received = bytearray()
-    sender = threading.Thread(target=sock.sendall, args=(data,))
-    sender.start()
+    left = memoryview(data)
+    sock.setblocking(False)
     while len(received) < len(data):
-        piece = sock.recv(1 << 16)
-        assert piece, f"only {len(received)} of {len(data)} bytes came back"
-        received += piece
-    sender.join()
+        before = len(received), len(left)
+        if left:
+            with contextlib.suppress(*blocked):
+                left = left[sock.send(left[: 1 << 16]) :]
+        with contextlib.suppress(*blocked):
+            piece = sock.recv(1 << 16)
+            assert piece, f"only {len(received)} of {len(data)} bytes came back"
+            received += piece
+        if (len(received), len(left)) == before:
+            ready = select.select([sock], [sock] if left else [], [], GUARD)
+            assert any(ready), f"only {len(received)} of {len(data)} bytes came back in time"
+    sock.settimeout(GUARD)
     return bytes(received)
 
 

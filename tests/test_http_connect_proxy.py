@@ -36,7 +36,8 @@ from proxies import (
 
 PROGRAM = "http_connect_proxy.py"
 ESTABLISHED = b"HTTP/1.1 200 Connection established\r\n\r\n"
-MOST = len(DATA) // 2
+#: Nearly all is spliced, unless the sender is so slow that its bytes come as small messages.
+MUCH = MiB
 
 
 def proxying(
@@ -75,8 +76,8 @@ def test_curl_through_it(tmp_path: Path) -> None:
         down = proxy.idle()
         assert curl(*options, "--upload-file", upload, url) == sha256(DATA).encode()
         both = proxy.idle()
-    assert down["gsplice"]["bytes_spliced"] > MOST
-    assert both["gsplice"]["bytes_spliced"] - down["gsplice"]["bytes_spliced"] > MOST
+    assert down["gsplice"]["bytes_spliced"] > MUCH
+    assert both["gsplice"]["bytes_spliced"] - down["gsplice"]["bytes_spliced"] > MUCH
     assert both["answers"] == {"200": 2}
     assert both["tunnels"]["bytes_to_client"] > len(DATA)
     assert both["tunnels"]["bytes_to_backend"] > len(DATA)
@@ -93,7 +94,7 @@ def test_tls_through_it(tmp_path: Path) -> None:
                 assert sha256(exchange(sock, DATA)) == sha256(DATA)
                 sock.unwrap().close()
         counts = proxy.idle()
-    assert counts["gsplice"]["bytes_spliced"] > MOST
+    assert counts["gsplice"]["bytes_spliced"] > MUCH
     assert counts["tunnels"]["broken"] == 0
 
 

@@ -40,8 +40,8 @@ from proxies import (
 )
 
 PROGRAM = "tcp_proxy.py"
-#: What is in flight at the end of a stream may be too little to splice.
-MOST = len(DATA) // 2
+#: Nearly all is spliced, unless the sender is so slow that its bytes come as small messages.
+MUCH = MiB
 
 
 def proxying(*backends: Address, **options: Any) -> contextlib.AbstractContextManager[Proxy]:
@@ -76,8 +76,8 @@ def test_curl_through_it(tmp_path: Path) -> None:
         down = proxy.idle()
         assert curl("--upload-file", upload, proxy.url) == sha256(DATA).encode()
         both = proxy.idle()
-    assert down["gsplice"]["bytes_spliced"] > MOST
-    assert both["gsplice"]["bytes_spliced"] - down["gsplice"]["bytes_spliced"] > MOST
+    assert down["gsplice"]["bytes_spliced"] > MUCH
+    assert both["gsplice"]["bytes_spliced"] - down["gsplice"]["bytes_spliced"] > MUCH
     counts = both["backends"][shown(backend)]
     assert counts["bytes_to_client"] > len(DATA)
     assert counts["bytes_to_backend"] > len(DATA)
@@ -92,7 +92,7 @@ def test_tls_through_it(tmp_path: Path) -> None:
             assert sha256(exchange(sock, DATA)) == sha256(DATA)
             sock.unwrap().close()  # both ends have said that they have ended
         counts = proxy.idle()
-    assert counts["gsplice"]["bytes_spliced"] > MOST
+    assert counts["gsplice"]["bytes_spliced"] > MUCH
     assert counts["backends"][shown(backend)]["broken"] == 0
 
 
@@ -350,7 +350,7 @@ def test_workers() -> None:
         both = proxy.all_counts()
         assert len({each["pid"] for each in both} - {proxy.process.pid}) == 2
         assert sum(each["backends"][shown(backend)]["total"] for each in both) == rounds
-        assert all(each["gsplice"]["bytes_spliced"] > MOST for each in both)
+        assert all(each["gsplice"]["bytes_spliced"] > MUCH for each in both)
 
 
 def test_worker_that_dies_is_replaced() -> None:
