@@ -43,7 +43,7 @@ class Stats:
     bytes_copied: int
     #: Disk waits that went to a thread.
     offloads: int
-    #: Calls handed to the original function, or finished by it, by reason (see the README).
+    #: Calls handed to the original function, or finished by it, by reason (see docs/taken.md).
     fallbacks: Mapping[str, int]
 
     def as_dict(self) -> dict[str, Any]:
