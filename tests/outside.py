@@ -1,13 +1,14 @@
-"""Run CPython's own tests with gsplice and without, and report what only gsplice makes fail.
+"""Run tests that are not ours with gsplice and without, and report what only gsplice makes fail.
 
     python tests/outside.py [--list] [--timeout SECONDS] [--json FILE] [NAME ...]
 
-A NAME is one of the suites below (all of them if none is given) or any name that unittest can load.
-Each suite runs twice, in a process and a working directory of its own: after
-``gevent.monkey.patch_all()``, and after ``gevent.monkey.patch_all(); gsplice.patch_all()``. Plain
-unittest runs them, because gevent's own harness leaves out the very tests that matter here. A test
-that passes without gsplice and does anything else with it is run again alone, and then reported; of
-the suite ``sendfile`` every test has to pass.
+A NAME is one of the suites below, which are CPython's own tests (all of them if none is given), or
+any name that unittest can load, or one of the packages in packages.py, whose tests come with its
+source package. Each suite runs twice, in a process of its own: after ``gevent.monkey.patch_all()``,
+and after ``gevent.monkey.patch_all(); gsplice.patch_all()``. Plain unittest runs CPython's, because
+gevent's own harness leaves out the very tests that matter here. A test that passes without gsplice
+and does anything else with it is run again alone, and then reported; of the suite ``sendfile``
+every test has to pass.
 
 The exit code is 1 if any is left, or if a suite could not be run.
 """
@@ -15,6 +16,7 @@ The exit code is 1 if any is left, or if a suite could not be run.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import importlib
 import importlib.util
@@ -22,16 +24,27 @@ import json
 import os
 import platform
 import signal
-import subprocess
 import sys
-import tempfile
-import time
 import unittest
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final, TextIO
+from typing import Any, Final
 
-ROOT: Final = Path(__file__).resolve().parent.parent
+import outcomes
+from outcomes import (
+    ERROR,
+    FAILED,
+    OUTCOMES,
+    PASSED,
+    SKIPPED,
+    CannotRun,
+    Comparison,
+    Report,
+    Run,
+    Suite,
+    Task,
+)
+from packages import PACKAGES, ROOT, prepared
 
 #: By name: what unittest loads, and which tests of it (``python -m unittest -k``).
 SUITES: Final[dict[str, tuple[str, str | None]]] = {
@@ -51,156 +64,39 @@ SUITES: Final[dict[str, tuple[str, str | None]]] = {
 #: Suites that must pass as a whole with gsplice, though they don't without.
 ALL_PASS: Final = {"sendfile"}
 
-#: What can become of a test. HUNG: it had not ended when the time was up.
-PASSED, FAILED, ERROR, SKIPPED, HUNG = OUTCOMES = ("passed", "failed", "errors", "skipped", "hung")
-
-#: Many tests wait at their end until no thread is left that was not there before. One that has
-#: looked up a name for gevent would otherwise linger for five seconds.
-ENVIRONMENT: Final = {"GEVENT_THREADPOOL_IDLE_TASK_TIMEOUT": "0.01"}
-
-#: Tests that may hang, in one suite, before the rest of it is given up.
-MOST_HANGS: Final = 5
-
-
-class CannotRun(Exception):
-    """The suite could not be run; the message says why."""
-
-
-@dataclasses.dataclass
-class Run:
-    """What became of the tests of one suite, in one process."""
-
-    outcomes: dict[str, str] = dataclasses.field(default_factory=dict)
-    messages: dict[str, str] = dataclasses.field(default_factory=dict)
-    #: What ``gsplice.stats()`` had counted in the end.
-    stats: dict[str, Any] = dataclasses.field(default_factory=dict)
-    seconds: float = 0.0
-
-    def count(self, outcome: str) -> int:
-        return sum(each == outcome for each in self.outcomes.values())
-
-    def __str__(self) -> str:
-        counts = " ".join(f"{self.count(outcome):>{len(outcome)}}" for outcome in OUTCOMES)
-        return f"{counts} {self.seconds:>7.1f}"
-
-
-@dataclasses.dataclass
-class Comparison:
-    """One suite, with gsplice and without."""
-
-    plain: Run
-    patched: Run
-    #: Tests that should pass with gsplice and do not, twice; and those that passed when run again.
-    differences: list[str]
-    flakes: list[str]
-
 
 def compare(name: str, timeout: float = 600.0) -> Comparison:
-    """Run the suite *name* twice. Raises CannotRun."""
-    plain = run(name, patched=False, timeout=timeout)
-    patched = run(name, patched=True, timeout=timeout)
-    differences, flakes = [], []
-    for test, outcome in plain.outcomes.items():
-        expected = outcome == PASSED or name in ALL_PASS
-        if not expected or patched.outcomes.get(test) == PASSED:
-            continue
-        try:
-            again = run(test, patched=True, timeout=timeout)
-        except CannotRun:
-            again = Run()
-        passes_alone = again.count(PASSED) == len(again.outcomes) > 0
-        (flakes if passes_alone else differences).append(test)
-    return Comparison(plain, patched, differences, flakes)
+    """Run the suite *name* twice, for at most *timeout* seconds each time. Raises CannotRun."""
+    with _suite(name) as suite:
+        return outcomes.compare(suite, timeout)
 
 
 def run(name: str, *, patched: bool, timeout: float) -> Run:
-    """Run the suite *name* once. A test that hangs is left out, and the rest run again."""
-    result = Run()
-    started = time.monotonic()
-    for _ in range(MOST_HANGS):
-        hung = _run_process(name, patched, timeout, result)
-        if hung is None:
-            break
-        result.outcomes[hung] = HUNG
-        result.messages[hung] = f"had not ended after {timeout:g} s"
-    else:
-        raise CannotRun(f"{name}: {MOST_HANGS} tests hang")
-    result.seconds = time.monotonic() - started
-    if not result.outcomes:
-        raise CannotRun(f"{name}: there is no such test")
-    return result
+    """Run the suite *name* once. Raises CannotRun."""
+    with _suite(name) as suite:
+        return outcomes.run(suite, patched=patched, timeout=timeout)
 
 
-def _run_process(name: str, patched: bool, timeout: float, result: Run) -> str | None:
-    """Run what *result* does not have yet; return the test that hung, if one did."""
-    left_out = [test for test, outcome in result.outcomes.items() if outcome == HUNG]
-    with tempfile.TemporaryDirectory(prefix="outside-", ignore_cleanup_errors=True) as directory:
-        work = Path(directory, "work")
-        work.mkdir()
-        report, output = Path(directory, "report"), Path(directory, "output")
-        arguments = json.dumps(
-            {"name": name, "patched": patched, "report": str(report), "left_out": left_out}
-        )
-        with output.open("wb") as out:
-            process = subprocess.Popen(
-                [sys.executable, __file__, "--child", arguments],
-                cwd=work,
-                env={**os.environ, **ENVIRONMENT, "TMPDIR": str(work)},
-                stdin=subprocess.DEVNULL,
-                stdout=out,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
-            try:
-                code: int | None = process.wait(timeout)
-            except subprocess.TimeoutExpired:
-                code = None
-            finally:
-                if process.poll() is None:
-                    os.killpg(process.pid, signal.SIGKILL)  # and what it has started
-                    process.wait()
-        lines = report.read_text().split("\n")[:-1] if report.exists() else []
-        entries = [json.loads(line) for line in lines]
-        under_way, ended = None, False
-        for kind, *rest in entries:
-            if kind == "start":
-                under_way = rest[0]
-            elif kind == "end":
-                result.stats, ended = rest[0], True
-            elif kind == "cannot run":
-                raise CannotRun(rest[0])
-            else:
-                test, message = rest
-                result.outcomes[test] = kind
-                if message:
-                    result.messages[test] = message
-        if code is None and under_way is not None and under_way not in result.outcomes:
-            return under_way
-        if not ended:
-            how = "had not ended in time" if code is None else f"ended early, exit code {code}"
-            raise CannotRun(f"{name}: {how}\n{output.read_text(errors='replace')[-4000:]}")
-    return None
+def _suite(name: str) -> contextlib.AbstractContextManager[Suite]:
+    if name in PACKAGES:
+        return prepared(name)
+    command = (sys.executable, __file__, "--child")
+    return contextlib.nullcontext(Suite(name, command, all_pass=name in ALL_PASS))
 
 
 class _Reporter(unittest.TestResult):
-    """Writes each outcome down at once, so that it is there when a later test hangs."""
-
-    def __init__(self, report: TextIO) -> None:
+    def __init__(self, report: Report) -> None:
         super().__init__()
         self._report = report
         self._outcomes: dict[str, tuple[str, str]] = {}
 
-    def write(self, *entry: object) -> None:
-        print(json.dumps(entry), file=self._report, flush=True)
-
     def startTest(self, test: unittest.TestCase) -> None:
         super().startTest(test)
-        self.write("start", test.id())
+        self._report.start(test.id())
 
     def stopTest(self, test: unittest.TestCase) -> None:
         super().stopTest(test)
-        outcome, message = self._outcomes.pop(test.id(), (PASSED, ""))
-        self.write(outcome, test.id(), message)
+        self._report.outcome(test.id(), *self._outcomes.pop(test.id(), (PASSED, "")))
 
     def _bad(self, test: unittest.TestCase, outcome: str, err: Any) -> None:
         message = self._exc_info_to_string(err, test)  # type: ignore[attr-defined]
@@ -208,7 +104,7 @@ class _Reporter(unittest.TestResult):
             earlier = self._outcomes.get(test.id(), ("", ""))[1]
             self._outcomes[test.id()] = outcome, earlier + message
         else:  # setUpClass and the like, which is no test
-            self.write(outcome, test.id(), message)
+            self._report.outcome(test.id(), outcome, message)
 
     def addFailure(self, test: unittest.TestCase, err: Any) -> None:
         self._bad(test, FAILED, err)
@@ -225,33 +121,34 @@ class _Reporter(unittest.TestResult):
         if isinstance(test, unittest.TestCase):
             self._outcomes.setdefault(test.id(), (SKIPPED, reason))
         else:
-            self.write(SKIPPED, test.id(), reason)
+            self._report.outcome(test.id(), SKIPPED, reason)
 
     def addUnexpectedSuccess(self, test: unittest.TestCase) -> None:
         self._outcomes[test.id()] = FAILED, "unexpected success"
 
 
-def _child(name: str, patched: bool, report: str, left_out: Sequence[str]) -> None:
-    """Run the suite *name* in this process, writing to the file *report*."""
+def _child(task: Task) -> None:
+    """Do *task* in this process, with a suite of CPython's or a name that unittest can load."""
     sys.path[0] = str(ROOT)
     import gevent.monkey
 
     gevent.monkey.patch_all()
-    if patched:
+    if task.patched:
         import gsplice
 
         result = gsplice.patch_all()
         if not result:
             raise SystemExit(str(result))
-    with open(report, "w") as out:
-        reporter = _Reporter(out)
+    with open(task.report, "w") as out:
+        report = Report(out)
         try:
-            suite = _load(name)
+            suite = _load(task.only or task.name)
         except CannotRun as err:
-            reporter.write("cannot run", str(err))
+            report.cannot_run(str(err))
             return
-        unittest.TestSuite(t for t in _flatten(suite) if t.id() not in left_out).run(reporter)
-        reporter.write("end", gsplice.stats().as_dict() if patched else {})
+        tests = (test for test in _flatten(suite) if test.id() not in task.left_out)
+        unittest.TestSuite(tests).run(_Reporter(report))
+        report.end(gsplice.stats().as_dict() if task.patched else {})
     # Threads that a test has left behind must not keep the process.
     os._exit(0)
 
@@ -292,7 +189,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything to FILE too")
     options = parser.parse_args(arguments)
     if options.list:
-        print(*SUITES, sep="\n")
+        print(*SUITES, *PACKAGES, sep="\n")
         return 0
 
     width = max(map(len, options.names or SUITES))
@@ -333,7 +230,7 @@ def _counters(stats: Mapping[str, Any]) -> str:
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--child"]:
-        _child(**json.loads(sys.argv[2]))
+        _child(Task(**json.loads(sys.argv[2])))
     else:
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that no child is left behind
         sys.exit(main())

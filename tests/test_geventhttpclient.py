@@ -1,0 +1,102 @@
+"""Uploads of geventhttpclient, the client of locust's FastHttpUser, go out by sendfile."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import gevent
+import gevent.server
+import pytest
+from conftest import counting, digest, file_of
+from ends import GUARD, MiB
+from geventhttpclient import HTTPClient
+from geventhttpclient.useragent import UserAgent
+
+import gsplice
+
+SIZE = 2 * MiB + 7
+SMALL = 5000
+
+
+@pytest.fixture
+def uploads() -> Iterator[Any]:
+    """A server that keeps each request as it has arrived, ``.requests``, and says that it did."""
+
+    def handle(sock: Any, address: Any) -> None:
+        # What cannot be understood ends the connection, and the client says so.
+        with sock.makefile("rb") as file:
+            head = b""
+            while line := file.readline():
+                head += line
+                if line == b"\r\n":
+                    if b"100-continue" in head:
+                        sock.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
+                    length = re.search(rb"\nContent-Length: ([0-9]+)\r\n", head, re.IGNORECASE)
+                    server.requests.append((head, digest(file.read(int(length[1])))))
+                    sock.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\ngot\n")
+                    head = b""
+
+    server = gevent.server.StreamServer(("127.0.0.1", 0), handle)
+    server.requests = []
+    server.start()
+    with gevent.Timeout(GUARD):
+        yield server
+    server.stop()
+
+
+@contextlib.contextmanager
+def unpatched() -> Iterator[None]:
+    gsplice.unpatch_all()
+    try:
+        yield
+    finally:
+        gsplice.patch_all()
+
+
+def post(server: Any, body: Any, headers: dict[str, str]) -> bytes:
+    with contextlib.closing(HTTPClient("127.0.0.1", server.server_port)) as client:
+        # The second must find the first one's end, so it is on the same connection.
+        answers = [client.post("/up", body, headers).read(), client.post("/", b"end").read()]
+    return b"".join(answers)
+
+
+def urlopen(server: Any, body: Any, headers: dict[str, str]) -> bytes:
+    with contextlib.closing(UserAgent()) as agent:
+        url = f"http://127.0.0.1:{server.server_port}/up"
+        return agent.urlopen(url, method="POST", payload=body, headers=headers).content
+
+
+@pytest.mark.parametrize("upload", [post, urlopen])
+@pytest.mark.parametrize("more", [{}, {"Expect": "100-continue"}], ids=["", "Expect"])
+@pytest.mark.parametrize(
+    ("size", "position"),
+    [(SIZE, 0), (SIZE, 1), (SIZE, 700_001), (SIZE, SIZE - 3), (SMALL, 0), (SMALL, 1000)],
+)
+def test_a_file_is_uploaded_from_where_it_stands(
+    tmp_path: Path, uploads: Any, upload: Any, size: int, position: int, more: dict[str, str]
+) -> None:
+    path = file_of(tmp_path / "body", size)
+    headers = {"Content-Length": str(size - position), **more}
+
+    def run() -> tuple[bytes, list[Any], int]:
+        uploads.requests.clear()
+        with path.open("rb") as body:
+            body.seek(position)
+            answer = upload(uploads, body, headers)
+            return answer, list(uploads.requests), body.tell()
+
+    with unpatched(), counting() as grown:
+        wanted = run()
+    assert grown.transfers == 0
+    with counting() as grown:
+        answer, requests, stands = run()
+    assert (answer, requests) == wanted[:2]
+    assert requests[0][1] == digest(path.read_bytes()[position:])
+    assert stands == size  # gevent's own seeks to the number of bytes sent
+    if size - position > SMALL:
+        assert grown.bytes_sendfile == size - position
+    assert grown.fallbacks == {}
