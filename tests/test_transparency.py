@@ -519,6 +519,11 @@ def test_sendfile_to_a_receiver_that_does_not_read(bench, kind, ahead, offset, t
         wanted, _ = attempt(unpatched_sendfile, test)
     with bench() as test, counting() as grown:
         got, arrived = attempt(gevent.socket.socket.sendfile, test)
+    if kind.name == "FileObjectPosix" and wanted.error == (ValueError, None):
+        # gevent 24.10 keeps no "b" in its mode, and sendfile wants to see one
+        assert got == wanted
+        assert not arrived
+        return
     assert got.error == wanted.error == (TimeoutError, None)
     assert arrived == BIG[start : start + len(arrived)]
     assert 0 < len(arrived) == moved(grown)

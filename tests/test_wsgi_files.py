@@ -117,8 +117,9 @@ def test_a_part_is_what_iterating_gives(serve: Any, path: Path, part: str, stand
     assert len(both) < 2 * LENGTH + 500
     assert (grown.bytes_sendfile + grown.bytes_copied, grown.transfers) == (2 * LENGTH, 2)
     assert grown.fallbacks == {}
-    assert opened[1].closed
-    assert opened[2].closed
+    # What iter() makes of a wrapper without an __iter__, as gunicorn's was, has no close() either.
+    closes = "gunicorn" not in part or hasattr(Gunicorns, "__iter__")
+    assert [file.closed for file in opened[1:]] == [closes, closes]
 
 
 @pytest.mark.parametrize("part", PARTS)
