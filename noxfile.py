@@ -33,6 +33,7 @@ QUICK = (
     "servers",
     "subprocess",
     "transfer",
+    "transparency",
     "wsgi_files",
 )
 
