@@ -28,12 +28,14 @@ QUICK = (
     "http",
     "monkey",
     "plugin",
+    "pump",
     "pywsgi",
     "recognise",
     "servers",
     "subprocess",
     "transfer",
     "transparency",
+    "uploads",
     "wsgi_files",
 )
 

@@ -38,7 +38,7 @@ PACKAGES: Final[dict[str, Package]] = {
     "bottle": Package("test", ("jinja2", "mako")),
     "webob": Package("tests", extra="testing"),
     "geventhttpclient": Package("tests", ("dpkt", "httplib2", "pytest-rerunfailures", "requests")),
-    "gunicorn": Package("tests", extra="fast,testing"),
+    "gunicorn": Package("tests", extra="testing"),
 }
 
 #: Instead of the package's own, which are about coverage. No test of theirs takes that many seconds
