@@ -8,6 +8,7 @@ import fcntl
 import io
 import os
 import resource
+import select
 import shutil
 import socket
 import subprocess
@@ -682,7 +683,8 @@ class Sending:
         if sender == "copyfileobj":
             self.dst = ends.enter_context(self.sock.makefile("wb", buffering=0))
         self.greenlet = ends.spawn(outcome, send, self.src, self.dst)
-        until(lambda: is_waited_for(self.sock))
+        # An acknowledgement that is late makes room once more: then it goes on, closed or not.
+        until(lambda: is_waited_for(self.sock) and not select.select([], [self.sock], [], 0)[1])
 
     def close(self) -> None:
         self.dst.close()
