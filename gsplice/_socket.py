@@ -14,7 +14,7 @@ from ._linux import RWF_NOWAIT
 from ._stats import counters
 from .config import TINY, settings
 from .recognise import NotOurs, overrides_nothing, regular_file, stream_socket
-from .transfer import Transfer, file_to_socket, move
+from .transfer import Transfer, file_to_socket, move, through_memory
 
 __implements__ = ["sendfile", "_sendfile_use_sendfile"]
 
@@ -118,7 +118,8 @@ def _sendfile_use_sendfile(self: Any, file: Any, offset: int = 0, count: int | N
     """Send *file* by sendfile(2) or not at all, as CPython's method of this name does.
 
     Unlike :func:`sendfile` it ignores what *file* has read ahead, and an *offset* that is false
-    means byte 0. Raises ``socket._GiveupOnSendfile`` if nothing can be sent this way.
+    means byte 0. Raises ``socket._GiveupOnSendfile`` if nothing can be sent this way; what is
+    refused later is read and sent.
     """
     self._check_sendfile_params(file, offset, count)
     try:
@@ -134,8 +135,10 @@ def _sendfile_use_sendfile(self: Any, file: Any, offset: int = 0, count: int | N
     transfer = Transfer(count)
     try:
         refused = file_to_socket(transfer, src, dst)
-        if refused is not None and not transfer.delivered:
-            raise _GiveupOnSendfile(refused)
+        if refused is not None:
+            if not transfer.delivered:
+                raise _GiveupOnSendfile(refused)
+            through_memory(transfer, src, dst)  # to return less would mean that the file has ended
     finally:
         if transfer.delivered:
             transfer.leave(src, dst)

@@ -21,7 +21,7 @@ from ._transfer import Transfer, read, write
 from .config import SMALL
 from .endpoints import Endpoint, File, Pipe, Socket
 
-__all__ = ["Transfer", "file_to_socket", "is_small", "move", "read"]
+__all__ = ["Transfer", "file_to_socket", "is_small", "move", "read", "through_memory"]
 
 
 def is_small(src: File, dst: Endpoint) -> bool:
