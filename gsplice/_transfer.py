@@ -182,6 +182,8 @@ def write(transfer: Transfer, dst: Endpoint, data: bytes, src: Endpoint | None =
             else:
                 written = dst.write_some(piece)
         except BlockingIOError:
+            if isinstance(dst, File):  # there is nothing to wait for
+                raise
             transfer.wait(dst.wait_write)
             continue
         view = view[written:]

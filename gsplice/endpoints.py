@@ -99,8 +99,14 @@ class File:
             self.obj.seek(os.lseek(self.fileno(), 0, os.SEEK_CUR))
 
     def write_some(self, data: memoryview) -> int:
-        """Write part of *data* the ordinary way, where the descriptor stands; say how much."""
-        return self.raw.write(data)  # type: ignore[no-any-return]
+        """Write part of *data* the ordinary way, where the descriptor stands; say how much.
+
+        Raises BlockingIOError where the filesystem says EAGAIN, as a BufferedWriter would.
+        """
+        written: int | None = self.raw.write(data)
+        if written is None:
+            raise BlockingIOError(errno.EAGAIN, "the file takes no more bytes now")
+        return written
 
     def write_waits(self, size: int) -> bool:
         """Say whether writing *size* bytes may have the hub wait for a disk."""
