@@ -140,14 +140,18 @@ class Ends(contextlib.ExitStack):
         module = gevent.subprocess if kind == "popen" else subprocess
         return self.enter_context(module.Popen(["cat", path], stdout=subprocess.PIPE)).stdout
 
-    def sink(self, kind: str) -> tuple[Any, Callable[[], bytes]]:
-        """Return an object to write to, and what finishes it and tells what has arrived."""
+    def sink(self, kind: str, request: bytes = b"") -> tuple[Any, Callable[[], bytes]]:
+        """Return an object to write to, and what finishes it and tells what has arrived.
+
+        Behind a socket somebody sends *request* first.
+        """
         if kind == "file":
             path = self.path()
             file = self.enter_context(path.open("wb"))
             return file, lambda: (file.close(), path.read_bytes())[1]
         if kind in SOCKETS:
             ours, theirs = self.connect(kind)
+            theirs.sendall(request)
             arrived = receiver(theirs)
             self.callback(arrived.kill)
             obj = ours if kind.startswith("bare") else self._makefile(ours, "wb")

@@ -1,127 +1,31 @@
-"""An exception at every switch of every kind of transfer: nothing leaks, nothing gets mixed up."""
+"""Ends closed and greenlets killed under way: nothing leaks, nothing gets mixed up.
+
+An exception at every switch is thrown in faults/test_switches.py.
+"""
 
 from __future__ import annotations
 
-import contextlib
 import os
 import select
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import gevent
 import gevent.socket
-import greenlet
 import pytest
 from conftest import digest, open_descriptors, receive_all, receiver, some_bytes
-from ends import FILES, GUARD, Ends, KiB, MiB, is_waited_for, threads_done, until
+from ends import GUARD, Ends, KiB, MiB, is_waited_for, until
 from gevent.monkey import get_original
 
 import gsplice
-from gsplice.config import PIECE
 
 unpatched_copyfileobj = get_original("shutil", "copyfileobj")
-
-
-class Stop(BaseException):
-    """An exception that nobody expects."""
-
-
-EXCEPTIONS: dict[str, Callable[[], BaseException]] = {
-    "killed": greenlet.GreenletExit,
-    "timed out": gevent.Timeout,
-    "timed out with an OSError": lambda: TimeoutError("not the socket's"),
-    "stopped": Stop,
-}
-
-#: Two kinds of end, and how much to move so that there are some switches.
-TRANSFERS = {
-    f"{source} to {sink}": (source, sink, size)
-    for source, sink, size in [
-        ("file", "bare_unix", 400 * KiB),
-        ("file", "bare_tcp", 9 * MiB),
-        ("file", "unix", 400 * KiB),
-        ("file", "file", 9 * MiB),
-        ("unix", "file", 200 * KiB),
-        ("tcp", "tcp", 5 * MiB),
-        ("bare_unix", "bare_unix", 200 * KiB),
-        ("unix", "pipe", 300 * KiB),
-        ("pipe", "unix", 300 * KiB),
-        ("pipe", "pipe", 300 * KiB),
-        ("pipe", "file", 300 * KiB),
-        ("stdlib_popen", "unix", 300 * KiB),
-        ("file", "pipe", 300 * KiB),
-    ]
-}
-
-
-@contextlib.contextmanager
-def exception_at_switch(number: int, exception: BaseException) -> Iterator[list[Any]]:
-    """Throw *exception* into a greenlet when it has switched away for the *number*-th time.
-
-    The greenlet is the one that is put into the list, which then gets a mark for each switch.
-    """
-    watched: list[Any] = []
-
-    def trace(event: str, args: tuple[Any, Any]) -> None:
-        if watched and args[0] is watched[0] and not watched[0].dead:
-            watched.append(event)
-            if len(watched) == number + 1:
-                watched[0].kill(exception, block=False)
-
-    before = greenlet.settrace(trace)
-    try:
-        yield watched
-    finally:
-        greenlet.settrace(before)
 
 
 def move(src: Any, dst: Any) -> int:
     if isinstance(dst, gevent.socket.socket) and getattr(src, "seekable", bool)():
         return dst.sendfile(src)
     return gsplice.copy(src, dst)
-
-
-def attempt(
-    directory: Path, kinds: tuple[str, str, int], number: int, exception: BaseException
-) -> bool:
-    """Run a transfer with *exception* at its *number*-th switch; say whether it got there."""
-    source, sink, size = kinds
-    data = some_bytes(size)
-    # TCP with little room stalls for longer than it takes to move the bytes
-    with Ends(directory, buffers=None if "tcp" in source + sink else 4 * KiB) as ends:
-        src = ends.source(source, data)
-        dst, finish = ends.sink(sink)
-        with exception_at_switch(number, exception) as watched:
-            moving = gevent.spawn(move, src, dst)
-            watched.append(moving)
-            with gevent.Timeout(GUARD):
-                moving.join()
-            happened = len(watched) > number
-        threads_done()
-        assert gsplice.stats().pipes_in_use == 0
-        if moving.successful() and not isinstance(moving.value, greenlet.GreenletExit):
-            assert moving.value == size
-            assert not happened or moving.value == size
-            sent = size
-        else:
-            assert happened
-            assert moving.exception in (exception, None), moving.exception
-            sent = None
-        position = src.tell() if source in FILES else None
-        written = dst.tell() if sink in FILES else None
-        arrived = finish()
-        assert data.startswith(arrived), digest(arrived)
-        assert sent in (None, len(arrived))
-        if sink in FILES and sent is None:
-            # A thread may have gone on to write its last piece, behind where the file stands.
-            assert written is not None
-            assert written <= len(arrived) <= written + PIECE
-            assert position in (None, written)
-        else:
-            assert written in (None, len(arrived))
-            assert position in (None, len(arrived))
-    return happened and sent is None
 
 
 def assert_clean(directory: Path) -> None:
@@ -131,48 +35,6 @@ def assert_clean(directory: Path) -> None:
         dst, finish = ends.sink("tcp")
         gsplice.copy(ends.source("unix", data), dst)
         assert digest(finish()) == digest(data)
-
-
-def quickly(first: int, most: int) -> Iterator[int]:
-    """Yield every number at first, then fewer and fewer."""
-    number = first
-    while number < most:
-        yield number
-        number += 1 + number // 6
-
-
-def run_through(
-    directory: Path, transfer: str, exception: str, numbers: Iterator[int]
-) -> tuple[int, int]:
-    kinds = TRANSFERS[transfer]
-    attempt(directory, kinds, 1 << 30, Stop())  # opens what is opened once
-    before = open_descriptors()
-    tried = failed = 0
-    for number in numbers:
-        tried += 1
-        if not attempt(directory, kinds, number, EXCEPTIONS[exception]()):
-            break
-        failed += 1
-        assert open_descriptors() <= before + gsplice.stats().pipes_idle * 2
-        assert_clean(directory)
-    return tried, failed
-
-
-@pytest.mark.parametrize("exception", EXCEPTIONS)
-@pytest.mark.parametrize("transfer", TRANSFERS)
-def test_an_exception_at_some_switches(tmp_path: Path, transfer: str, exception: str) -> None:
-    tried, failed = run_through(tmp_path, transfer, exception, quickly(1, 1000))
-    assert failed > 0
-    assert tried == failed + 1  # it went on until the transfer survived
-
-
-@pytest.mark.long
-@pytest.mark.parametrize("exception", EXCEPTIONS)
-@pytest.mark.parametrize("transfer", TRANSFERS)
-def test_an_exception_at_every_switch(tmp_path: Path, transfer: str, exception: str) -> None:
-    tried, failed = run_through(tmp_path, transfer, exception, iter(range(1, 10_000)))
-    assert failed > 0
-    assert tried == failed + 1
 
 
 # ---- closed by another greenlet, and the number taken at once by something else

@@ -1,7 +1,8 @@
 """Applications that the tests start in servers of their own: one file, by every framework.
 
 The environment says which directory is served (``APPS_ROOT``), and whether gsplice is used
-(``APPS_GSPLICE``). A framework is imported when it is first asked for.
+(``APPS_GSPLICE``), and of how many bytes a transfer comes before everything else
+(``APPS_TRANSFER``). A framework is imported when it is first asked for.
 """
 
 from __future__ import annotations
@@ -32,6 +33,16 @@ FILE = os.path.join(ROOT, "file.bin")
 
 if os.environ["APPS_GSPLICE"] == "1":
     gsplice.patch_all()
+
+if size := int(os.environ.get("APPS_TRANSFER", "0")):
+    # Pipes are left behind by it, in the process that loads this.
+    import gevent.socket
+
+    (ours, feeder), (sink, target) = gevent.socket.socketpair(), gevent.socket.socketpair()
+    feeder.sendall(bytes(size))
+    gsplice.copy(ours, sink, size)
+    for end in ours, feeder, sink, target:
+        end.close()
 
 App = Callable[[dict[str, Any], Callable[..., Any]], Any]
 
