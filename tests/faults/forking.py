@@ -97,7 +97,7 @@ def child(port: int, file: str, inherited: list[gevent.Greenlet], depth: int) ->
     mine = [gevent.spawn(transfer, port, file, os.getpid()) for _ in range(3)]
     with gevent.Timeout(60):
         if depth:
-            gevent.sleep(random.random() / 100)
+            gevent.sleep(random.randint(1, 10) / 1000)
             wait_for(fork(port, file, [*inherited, *mine], depth - 1))
         for greenlet in [*mine, *inherited]:
             greenlet.get()
@@ -159,7 +159,7 @@ def main(port: int, rounds: int, file: str) -> None:
     for _ in range(rounds):
         moved = gsplice.stats().bytes_spliced
         while gsplice.stats().bytes_spliced == moved:
-            gevent.sleep(random.random() / 100)
+            gevent.sleep(random.randint(1, 10) / 1000)
         wait_for(fork(port, file, greenlets, depth=1))
     going.clear()
     with gevent.Timeout(60):
