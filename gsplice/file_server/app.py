@@ -10,12 +10,12 @@ import re
 import stat
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
-from urllib.parse import quote
+from urllib.parse import parse_qsl, quote
 
 from gevent.monkey import get_original
 from werkzeug.exceptions import Forbidden, HTTPException, MethodNotAllowed, NotFound
 from werkzeug.utils import redirect
-from werkzeug.wrappers import Request, Response
+from werkzeug.wrappers import Response
 
 from .figures import Figures
 from .files import file_response
@@ -137,7 +137,8 @@ class FileServer:
     def listing(self, environ: WSGIEnviron, handle: str, parts: list[str]) -> Response:
         """Return the page about a directory."""
         entries, left_out = self.entries(handle)
-        arguments = Request(environ).args
+        # werkzeug's own parser fails where the percent signs have been left out.
+        arguments = dict(parse_qsl(environ.get("QUERY_STRING", "")))
         sort = arguments.get("sort", "")
         if sort not in COLUMNS:
             sort = "name"
