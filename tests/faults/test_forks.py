@@ -118,8 +118,9 @@ def check(
     directory: Path, rounds: int, way: str, offload: str, monkeypatch: Any, record: Record
 ) -> None:
     how, place, yields = WAYS[way]
-    if how.startswith("multiprocessing"):
-        # Its join() uses gevent's waitpid, which under libuv may lose a child for ever.
+    if how.startswith("multiprocessing") or yields.endswith("ours"):
+        # Under libuv the join() of multiprocessing, which uses gevent's waitpid, may lose a child
+        # for ever; and a loop that runs in a child before gevent.reinit() spoils the parent's.
         monkeypatch.setenv("GEVENT_LOOP", "libev-cext")
     figures = forked(directory, rounds, how, place, yields, GSPLICE_OFFLOAD=offload)
     for name, number in figures.items():
