@@ -87,7 +87,7 @@ def attempt(directory: Path, kind: Kind, number: int, exception: BaseException) 
     whole = len(arrived) == kind.size
     # pywsgi ends the connection early, and lets nothing out
     assert whole or not ended or (kind.swallows and happened)
-    if kind.sink == "file" and not ended and kind.positions:
+    if kind.sink == "file" and happened and kind.positions:
         # A thread may have gone on to write its last piece, behind where the file stands.
         assert written is not None
         assert written <= len(arrived) <= written + max(PIECE, PUMP)

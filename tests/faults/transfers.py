@@ -131,8 +131,8 @@ def _head(start: bytes, size: int) -> bytes:
 _COLD = {"offload": "always"}
 _REQUEST = b"GET / HTTP/1.0\r\n\r\n"
 _RESPONSE: Any = {"request": _REQUEST, "headed": True, "swallows": True, "positions": False}
-_DOWNLOAD = _head(b"HTTP/1.1 200 OK", 2 * MiB)
-_UPLOAD = _head(b"POST / HTTP/1.0", 2 * MiB)
+_DOWNLOAD = _head(b"HTTP/1.1 200 OK", 10 * MiB)
+_UPLOAD = _head(b"POST / HTTP/1.0", 10 * MiB)
 
 TRANSFERS = [
     Kind("sendfile", "file", "bare_tcp", 4 * MiB, sendfile),
@@ -147,14 +147,14 @@ TRANSFERS = [
     Kind("copyfile", "file", "file", 12 * MiB, copyfile, positions=False),
     Kind("socket to socket", "bare_tcp", "bare_tcp", 4 * MiB, copy),
     Kind("socket to socket, no pipe", "unix", "unix", 400 * KiB, copyfileobj, {"max_pipes": 0}),
-    Kind("socket to file", "tcp", "file", 2 * MiB, copyfileobj),
+    Kind("socket to file", "tcp", "file", 10 * MiB, copyfileobj),
     Kind("socket to file, by a thread", "bare_tcp", "file", 4 * MiB, copy, _COLD),
     Kind("socket to pipe", "unix", "pipe", 400 * KiB, copyfileobj),
     Kind("pipe to socket", "pipe", "tcp", 400 * KiB, copyfileobj),
     Kind("pipe to file", "pipe", "file", 400 * KiB, copyfileobj, _COLD),
     Kind("pipe to pipe", "pipe", "pipe", 400 * KiB, copyfileobj),
-    Kind("download", "bare_tcp", "file", 2 * MiB, download, preface=_DOWNLOAD),
-    Kind("upload", "bare_tcp", "file", 2 * MiB, upload, preface=_UPLOAD, swallows=True),
+    Kind("download", "bare_tcp", "file", 10 * MiB, download, preface=_DOWNLOAD),
+    Kind("upload", "bare_tcp", "file", 10 * MiB, upload, preface=_UPLOAD, swallows=True),
     Kind("pywsgi", "file", "bare_tcp", 5 * MiB, serve, **_RESPONSE),
     Kind("pywsgi, cold", "file", "bare_unix", 2 * MiB, serve, _COLD, **_RESPONSE),
 ]
