@@ -30,7 +30,8 @@ import gsplice
 
 unpatched_copyfileobj = get_original("shutil", "copyfileobj")
 
-# ---- system calls made to fail by strace, in a process of its own
+# ---- system calls made to fail by strace, in a process of its own: answers that are no errors of
+# the ends. All the others are in faults/test_errors.py.
 
 PROGRAM = """
 import json, os, sys
@@ -107,7 +108,6 @@ WAYS = {
 REFUSALS = ["EINVAL", "ENOSYS", "EPERM"]
 #: Answers that mean "once more".
 AGAIN = ["EINTR", "EAGAIN"]
-ERRORS = ["EIO", "ENOMEM", "ECONNRESET"]
 
 
 def check_fault(directory: Path, way: str, error: str, when: str) -> None:
@@ -120,11 +120,8 @@ def check_fault(directory: Path, way: str, error: str, when: str) -> None:
     assert said.pipes_in_use == 0
     assert said.position in (None, said.arrived)
     assert said.written in (None, said.arrived)
-    if said.failed is None:
-        assert said.result == said.arrived == SIZE
-    else:
-        assert error in ERRORS
-        assert said.failed == getattr(errno, error)
+    assert said.failed is None
+    assert said.result == said.arrived == SIZE
     moved = said.bytes_spliced + said.bytes_sendfile + said.bytes_copy_file_range
     assert moved + said.bytes_copied <= said.arrived
     if error in AGAIN:
@@ -138,15 +135,12 @@ def check_fault(directory: Path, way: str, error: str, when: str) -> None:
     ("way", "error", "when"),
     [
         ("sendfile to socket", "EINVAL", "2"),
-        ("sendfile to socket", "EIO", "2"),
         ("sendfile to socket", "EAGAIN", "1..100"),
         ("file to socket", "EINTR", "1+3"),
         ("file to file", "EINVAL", "2"),
-        ("file to file", "EIO", "1"),
         ("socket to socket", "EINTR", "1+3"),
         ("socket to socket", "EAGAIN", "1..100"),
         ("socket to socket", "ENOSYS", "5"),
-        ("socket to socket", "ECONNRESET", "2"),
         ("socket to file", "EINVAL", "2"),
         ("pipe to socket", "EPERM", "2"),
         ("pipe to socket", "EAGAIN", "1..100"),
@@ -154,16 +148,6 @@ def check_fault(directory: Path, way: str, error: str, when: str) -> None:
     ],
 )
 def test_a_failing_system_call_loses_nothing(
-    tmp_path: Path, way: str, error: str, when: str
-) -> None:
-    check_fault(tmp_path, way, error, when)
-
-
-@pytest.mark.long
-@pytest.mark.parametrize("when", ["1", "2", "5", "1+3"])
-@pytest.mark.parametrize("error", AGAIN + REFUSALS + ERRORS)
-@pytest.mark.parametrize("way", WAYS)
-def test_any_failing_system_call_loses_nothing(
     tmp_path: Path, way: str, error: str, when: str
 ) -> None:
     check_fault(tmp_path, way, error, when)

@@ -47,7 +47,7 @@ if YIELDS == "in the parent":
 
 gsplice.patch_all()
 
-SIZE = 2 << 20
+SIZE = 1 << 20
 AT_ONCE = 6
 #: Transfers that ended in this process because its parent had started them.
 canceled = 0

@@ -283,7 +283,7 @@ ENDINGS = {
 
 
 @pytest.mark.parametrize("ending", ENDINGS)
-@pytest.mark.parametrize("offload", ["auto", "always"])
+@pytest.mark.parametrize("offload", ["always", pytest.param("auto", marks=pytest.mark.long)])
 def test_the_interpreter_ends_with_transfers_under_way(
     ending: str, offload: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
