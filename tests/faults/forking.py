@@ -12,6 +12,7 @@ import errno
 import json
 import os
 import random
+import socket
 import sys
 import threading
 import traceback
@@ -57,6 +58,7 @@ numbers = iter(range(10**9))
 def connect(port: int, what: str) -> Any:
     """Connect, and say what for, without a switch: a fork in between would leave it to both."""
     with gevent.monkey.get_original("socket", "socket")() as sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 16 * 1024)
         sock.connect(("127.0.0.1", port))
         sock.sendall(what.encode().ljust(32))
         return gevent.socket.socket(fileno=sock.detach())

@@ -39,6 +39,8 @@ class Outside(threading.Thread):
     def __init__(self) -> None:
         super().__init__(daemon=True)
         self.listener = socket.create_server(("127.0.0.1", 0), backlog=256)
+        # Little room, so that transfers wait with bytes in a pipe.
+        self.listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 16 * 1024)
         self.port = self.listener.getsockname()[1]
         self.arrived: Counter[str] = Counter()
         self.connections: list[threading.Thread] = []
