@@ -16,6 +16,7 @@ import socket
 import sys
 import threading
 import traceback
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -23,6 +24,7 @@ import gevent
 import gevent.monkey
 import gevent.os
 
+warnings.simplefilter("ignore", DeprecationWarning)  # of forking with threads
 HOW, PLACE, YIELDS = sys.argv[2:5] if __name__ == "__main__" else ("", "", "")
 if HOW.startswith("multiprocessing"):
     gevent.monkey.patch_all(thread=False)

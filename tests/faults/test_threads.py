@@ -215,6 +215,7 @@ def test_reinit_with_transfers_under_way(monkeypatch: pytest.MonkeyPatch) -> Non
     run_program(
         PROGRAM
         + """
+import warnings; warnings.simplefilter('ignore', DeprecationWarning)  # of forking with threads
 ends = [*gevent.socket.socketpair(), *gevent.socket.socketpair()]
 ours, feeder, sink, target = ends
 moving = gevent.spawn(gsplice.copy, ours, sink)
