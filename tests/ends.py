@@ -140,10 +140,12 @@ class Ends(contextlib.ExitStack):
         module = gevent.subprocess if kind == "popen" else subprocess
         return self.enter_context(module.Popen(["cat", path], stdout=subprocess.PIPE)).stdout
 
-    def sink(self, kind: str, request: bytes = b"") -> tuple[Any, Callable[[], bytes]]:
+    def sink(
+        self, kind: str, request: bytes = b"", half_closed: bool = False
+    ) -> tuple[Any, Callable[[], bytes]]:
         """Return an object to write to, and what finishes it and tells what has arrived.
 
-        Behind a socket somebody sends *request* first.
+        Behind a socket somebody sends *request* first, and perhaps no more than that.
         """
         if kind == "file":
             path = self.path()
@@ -152,6 +154,8 @@ class Ends(contextlib.ExitStack):
         if kind in SOCKETS:
             ours, theirs = self.connect(kind)
             theirs.sendall(request)
+            if half_closed:
+                theirs.shutdown(stdlib_socket.SHUT_WR)
             arrived = receiver(theirs)
             self.callback(arrived.kill)
             obj = ours if kind.startswith("bare") else self._makefile(ours, "wb")

@@ -111,7 +111,7 @@ for kind in TRANSFERS:
     data = some_bytes(kind.size)
     with Ends(Path(sys.argv[1])) as ends:
         src = ends.source(kind.source, data)
-        dst, finish = ends.sink(kind.sink)
+        dst, finish = ends.sink(kind.sink, b"", kind.half_closed)
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         highest = max(map(int, os.listdir('/proc/self/fd')))
         resource.setrlimit(resource.RLIMIT_NOFILE, (highest + 1, hard))
@@ -150,7 +150,7 @@ def test_few_pipes_for_many(tmp_path: Path, most: int, record_property: Record) 
         with Ends(tmp_path / str(id(gevent.getcurrent()))) as ends:
             ends.directory.mkdir()
             src = ends.source(kind.source, kind.preface + data)
-            dst, finish = ends.sink(kind.sink, kind.request)
+            dst, finish = ends.sink(kind.sink, kind.request, kind.half_closed)
             kind.run(src, dst)
             assert digest(kind.body(finish())) == digest(data)
 

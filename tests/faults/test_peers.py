@@ -99,6 +99,8 @@ def test_a_reader(tmp_path: Path, kind: Kind, behaviour: str) -> None:
             src = ends.source(kind.source, kind.preface + data)
             ours, theirs = ends.connect(kind.sink)
             theirs.sendall(kind.request)
+            if kind.half_closed:
+                theirs.shutdown(socket.SHUT_WR)
             bare = kind.sink.startswith("bare")
             dst = ours if bare else ends.enter_context(contextlib.closing(ours.makefile("wb", 0)))
             reading = ends.spawn(behave, theirs, kind.size)
@@ -175,7 +177,7 @@ def test_a_writer(tmp_path: Path, kind: Kind, behaviour: str) -> None:
             ours, theirs = ends.connect(kind.source)
             bare = kind.source.startswith("bare")
             src = ours if bare else ends.enter_context(contextlib.closing(ours.makefile("rb")))
-            dst, finish = ends.sink(kind.sink, kind.request)
+            dst, finish = ends.sink(kind.sink, kind.request, kind.half_closed)
             writing = ends.spawn(behave, theirs, kind.preface + data)
             moving = ends.spawn(kind.run, src, dst)
             moving.join(GUARD)

@@ -65,7 +65,7 @@ def attempt(directory: Path, kind: Kind, number: int, exception: BaseException) 
     buffers = None if "tcp" in kind.source + kind.sink else 4 * KiB
     with Ends(directory, buffers) as ends:
         src = ends.source(kind.source, kind.preface + data)
-        dst, finish = ends.sink(kind.sink, kind.request)
+        dst, finish = ends.sink(kind.sink, kind.request, kind.half_closed)
         with exception_at_switch(number, exception) as watched:
             moving = gevent.spawn(kind.run, src, dst)
             watched.append(moving)

@@ -61,6 +61,8 @@ def transfer(request: dict[str, Any], fds: list[int]) -> dict[str, Any]:
         said["result"] = kind.run(src, dst)
     except OSError as err:
         said["failed"] = err.errno or repr(err)
+        if hasattr(err, "relayed"):
+            said["result"] = err.relayed.a_to_b
     if kind.positions:
         said["position"] = src.tell() if kind.source == "file" else None
         said["written"] = dst.tell() if kind.sink == "file" else None

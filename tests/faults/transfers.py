@@ -36,6 +36,8 @@ class Kind:
     #: What comes before the bytes to move: from the source, and from the peer behind the sink.
     preface: bytes = b""
     request: bytes = b""
+    #: Whether the peer behind the sink sends nothing (else), and says so at once.
+    half_closed: bool = False
     #: Whether the file objects themselves tell by their positions how much was moved.
     positions: bool = True
     #: Whether a head, up to an empty line, arrives before the bytes.
@@ -89,6 +91,10 @@ def copyfile(src: Any, dst: Any) -> None:
 
 def copy(src: Any, dst: Any) -> int:
     return gsplice.copy(src, dst)
+
+
+def relay(a: Any, b: Any) -> int:
+    return gsplice.relay(a, b).a_to_b
 
 
 def download(sock: Any, dst: Any) -> None:
@@ -146,6 +152,8 @@ TRANSFERS = [
     Kind("file to pipe", "file", "pipe", 300 * KiB, copyfileobj),
     Kind("copyfile", "file", "file", 12 * MiB, copyfile, positions=False),
     Kind("socket to socket", "bare_tcp", "bare_tcp", 4 * MiB, copy),
+    Kind("relay", "bare_tcp", "bare_tcp", 4 * MiB, relay, half_closed=True),
+    Kind("relay, Unix", "bare_unix", "bare_unix", 1 * MiB, relay, half_closed=True),
     Kind("socket to socket, no pipe", "unix", "unix", 400 * KiB, copyfileobj, {"max_pipes": 0}),
     Kind("socket to file", "tcp", "file", 10 * MiB, copyfileobj),
     Kind("socket to file, by a thread", "bare_tcp", "file", 4 * MiB, copy, _COLD),
