@@ -222,7 +222,7 @@ class PoolAgainstModel(RuleBasedStateMachine):
 
 
 @pytest.mark.parametrize(
-    "examples", [10, pytest.param(1500, marks=[pytest.mark.long, pytest.mark.timeout(1800)])]
+    "examples", [10, pytest.param(300, marks=[pytest.mark.long, pytest.mark.timeout(1800)])]
 )
 def test_the_pool_against_a_model(
     examples: int, record_property: Callable[[str, object], None]
