@@ -32,7 +32,8 @@ from conftest import (
     some_bytes,
 )
 from ends import GUARD, KiB, MiB, connection, is_waited_for, until
-from test_kill import EXCEPTIONS, Stop, Victim, exception_at_switch, quickly
+from switches import EXCEPTIONS, Stop, exception_at_switch, quickly
+from test_kill import Victim
 
 import gsplice
 from gsplice.config import READ, settings

@@ -6,16 +6,15 @@ a transfer, then at the second, and so on, until a transfer ends before it comes
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import gevent
 import greenlet
 import pytest
 from conftest import digest, open_descriptors, some_bytes
 from ends import GUARD, Ends, KiB, threads_done
+from switches import EXCEPTIONS, Stop, exception_at_switch, quickly
 from test_kill import assert_clean
 from transfers import BY_NAME, Kind, set_back
 
@@ -23,39 +22,6 @@ import gsplice
 from gsplice.config import PIECE, PUMP
 
 pytestmark = pytest.mark.usefixtures("quiet")
-
-
-class Stop(BaseException):
-    """An exception that nobody expects."""
-
-
-EXCEPTIONS: dict[str, Callable[[], BaseException]] = {
-    "killed": greenlet.GreenletExit,
-    "timed out": gevent.Timeout,
-    "timed out with an OSError": lambda: TimeoutError("not the socket's"),
-    "stopped": Stop,
-}
-
-
-@contextlib.contextmanager
-def exception_at_switch(number: int, exception: BaseException) -> Iterator[list[Any]]:
-    """Throw *exception* into a greenlet when it has switched away for the *number*-th time.
-
-    The greenlet is the one that is put into the list, which then gets a mark for each switch.
-    """
-    watched: list[Any] = []
-
-    def trace(event: str, args: tuple[Any, Any]) -> None:
-        if watched and args[0] is watched[0] and not watched[0].dead:
-            watched.append(event)
-            if len(watched) == number + 1:
-                watched[0].kill(exception, block=False)
-
-    before = greenlet.settrace(trace)
-    try:
-        yield watched
-    finally:
-        greenlet.settrace(before)
 
 
 def attempt(directory: Path, kind: Kind, number: int, exception: BaseException) -> bool:
@@ -96,14 +62,6 @@ def attempt(directory: Path, kind: Kind, number: int, exception: BaseException) 
         assert written in (None, len(arrived))
         assert position in (None, len(arrived))
     return happened and not (ended and whole)
-
-
-def quickly(first: int, most: int) -> Iterator[int]:
-    """Yield every number at first, then fewer and fewer."""
-    number = first
-    while number < most:
-        yield number
-        number += 1 + number // 6
 
 
 def run_through(
