@@ -54,6 +54,10 @@ LOW_WATER: Final = 4
 #: in a row and not used between them is closed, so idle pipes live 10 to 20 seconds.
 RECLAIM_PERIOD: Final = 10.0
 
+#: Seconds for which the kernel is not asked for a pipe after it has refused one: that costs 12 us,
+#: and where a user's room is used up each transfer would ask many times.
+REFUSED_PERIOD: Final = 0.1
+
 #: Most bytes that move between two chances for other greenlets. At the 5 GB/s seen on loopback this
 #: takes 0.4 ms; giving way costs 2 us.
 PIECE: Final = 2 * MiB

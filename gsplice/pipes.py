@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
+from time import monotonic
 from typing import Any, Final
 
 from gevent.monkey import get_original
@@ -17,7 +18,7 @@ from ._idle import Home, Keeper, idle_lists, reclaim, shared
 from ._linux import in_forked_child
 from ._pipe import IDLE, UNKNOWN, Pipe, alive, closed_uses, keys, make, reserve
 from ._stats import counters
-from .config import settings
+from .config import REFUSED_PERIOD, settings
 
 __all__ = ["IDLE", "UNKNOWN", "Pipe", "acquire", "reclaim", "release"]
 
@@ -27,6 +28,9 @@ __all__ = ["IDLE", "UNKNOWN", "Pipe", "acquire", "reclaim", "release"]
 _new_lock: Callable[[], Any] = get_original("_thread", "RLock")
 _lock = _new_lock()
 _counts: Final = {"acquired_global": 0, "acquired_new": 0, "closed_uses": 0}
+
+#: Until when the kernel is not asked for a pipe, as it has just refused one.
+_refused_until = 0.0
 
 # A native thread has one hub at a time, and finding what belongs to the thread takes half as long
 # as finding the hub. _here.idle is its list, _here.keeper looks after that.
@@ -92,6 +96,9 @@ def _acquire_shared() -> Pipe | None:
 
 
 def _acquire_new(home: Home) -> Pipe | None:
+    global _refused_until
+    if monotonic() < _refused_until:
+        return None
     key = next(keys)
     try:
         with _lock:
@@ -99,7 +106,9 @@ def _acquire_new(home: Home) -> Pipe | None:
                 return None
             _add_up_closed()
         pipe = make(key, home)
-        if pipe is not None:
+        if pipe is None:
+            _refused_until = monotonic() + REFUSED_PERIOD
+        else:
             with _lock:
                 _counts["acquired_new"] += 1
         return pipe
