@@ -97,12 +97,19 @@ def read_header(client: gevent.socket.socket, timeout: float | None) -> tuple[by
         while b"\r\n\r\n" not in data:
             if len(data) > MOST_HEADER:
                 raise Answer(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, "The header is too long.")
-            received = client.recv(MOST_HEADER)
+            received = client.recv(MOST_HEADER + 1 - len(data))
             if not received:
                 raise ConnectionResetError
             data += received
     header, _, rest = data.partition(b"\r\n\r\n")
     return header, rest
+
+
+def port(text: str) -> int:
+    number = int(text)
+    if not 0 < number < 65536:
+        raise argparse.ArgumentTypeError(f"{text} is not a port from 1 to 65535")
+    return number
 
 
 def send_away(client: gevent.socket.socket, answer: Answer) -> None:
@@ -126,7 +133,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="An HTTP proxy for CONNECT requests only.")
     parser.add_argument(
         "--allow-port",
-        type=int,
+        type=port,
         nargs="+",
         default=[443],
         metavar="PORT",

@@ -45,9 +45,10 @@ def prefork(listeners: list[socket.socket]) -> socket.socket | None:
         for listener in listeners:
             if listener in workers.values():
                 continue
+            parent = os.getpid()
             process = os.fork()
             if not process:
-                _be_worker(listener, listeners)
+                _be_worker(listener, listeners, parent)
                 return listener
             workers[process] = listener
         number = signal.sigwait(SIGNALS | {signal.SIGCHLD})
@@ -62,15 +63,18 @@ def prefork(listeners: list[socket.socket]) -> socket.socket | None:
     return None
 
 
-def _be_worker(listener: socket.socket, listeners: list[socket.socket]) -> None:
+def _be_worker(listener: socket.socket, listeners: list[socket.socket], parent: int) -> None:
     os.setpgrp()  # Ctrl-C is for the parent to pass on, once
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)  # none is left when it is killed
+    if os.getppid() != parent:  # before that
+        os._exit(1)
     for other in listeners:
         if other is not listener:
             other.close()
 
 
 def _forget_dead(workers: dict[int, socket.socket], replaced: bool) -> None:
+    before = len(workers)
     while workers:
         process, status = os.waitpid(-1, os.WNOHANG)
         if not process:
@@ -79,4 +83,5 @@ def _forget_dead(workers: dict[int, socket.socket], replaced: bool) -> None:
         if replaced:
             code = os.waitstatus_to_exitcode(status)
             print(f"Worker {process} has ended ({code}); another one follows", file=sys.stderr)
-            time.sleep(1)  # it may be ending as soon as it starts
+    if replaced and len(workers) < before:
+        time.sleep(1)  # they may be ending as soon as they start

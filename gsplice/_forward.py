@@ -7,7 +7,6 @@ it holds no pipe and no bytes.
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
 from socket import SHUT_WR
@@ -17,7 +16,7 @@ from . import pipes
 from ._stats import counters
 from ._streams import Refused, drain, fill
 from ._transfer import Transfer, write
-from .config import LULL, PIECE, READ, SHORT_FILLS
+from .config import LULL, PIECE, READ, RECORD, SHORT_FILLS
 from .endpoints import Socket
 
 
@@ -77,7 +76,9 @@ class Spliced(Transfer):
                 self.moved(sent, "bytes_copied")
             if sent < len(data):
                 write(self, self._dst, data[sent:])
-            if len(data) < READ:
+            full = len(data) == READ
+            del data  # an idle relay holds no bytes
+            if not full:
                 self._wait_for_source()
             elif self._splices:
                 return True
@@ -145,10 +146,13 @@ class ThroughMethods(Transfer):
         """Do what :meth:`Spliced.run` does. Lets out what the methods raise."""
         data, self._initial = self._initial, b""
         while True:
-            if data:
-                self._dst.sendall(data)
+            for begin in range(0, len(data), RECORD):
+                piece = data[begin : begin + RECORD]
+                self._dst.sendall(piece)
                 self.check_process()
-                self.passed(len(data))
+                self.passed(len(piece))
+                del piece
+            del data  # an idle relay holds no bytes
             data = self._src.recv(READ)
             self.check_process()
             if not data:
@@ -162,8 +166,12 @@ class ThroughMethods(Transfer):
     def finish(self) -> None:
         """Tell a TLS peer, which has ended as well, that the stream was whole (close_notify)."""
         if _is_tls(self._dst):
-            with contextlib.suppress(OSError, ValueError):  # it has gone already
+            try:
                 self._dst.unwrap()
+            except TimeoutError:
+                raise
+            except (OSError, ValueError):  # it has gone already
+                pass
 
 
 def _is_tls(sock: Any) -> bool:

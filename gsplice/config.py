@@ -66,6 +66,10 @@ PIECE: Final = 2 * MiB
 #: which costs the same at 40 KB and half as much at 400 KB (benchmarks/relay.py).
 READ: Final = 64 * KiB
 
+#: A relay through methods counts what it has sent after each so many bytes: the most in a record of
+#: TLS (RFC 8446, 5.1), which goes as a whole.
+RECORD: Final = 16 * KiB
+
 #: After so many fills in a row of less than READ it receives again. After one, the end of each big
 #: message would be taken for the end of the stream.
 SHORT_FILLS: Final = 2

@@ -12,10 +12,14 @@ from greenlet import getcurrent, greenlet
 
 from ._forward import Spliced, ThroughMethods
 from ._stats import counters
+from .offload import forked, hub_to_serve
 from .recognise import NotOurs, stream_socket
 
 #: How often in an idle timeout the counts are looked at: it may be so much of it late.
 _LOOKS: Final = 8
+
+#: Seconds between two looks at the most; libuv knows no timer without end.
+_SELDOM: Final = 3600.0
 
 
 class RelayResult(NamedTuple):
@@ -43,14 +47,14 @@ def relay(
     ``recv``, ``sendall`` and ``shutdown``; a TLS socket is told of the end, by ``unwrap``, when
     both have ended, since it can't be half-closed.
 
-    Whatever is raised ends both directions at once, leaves nobody at work on the sockets, and has
-    an attribute ``relayed``: the :class:`RelayResult` so far. It is OSError (ConnectionResetError,
-    BrokenPipeError, ...) as the sockets give it, or EBADF if one is closed meanwhile; TimeoutError
-    if a wait takes longer than the timeout of the socket that is waited for, as in ``recv`` and
-    ``send``, or if neither direction delivers a byte for *idle_timeout* seconds (up to an eighth
-    more), so that the caller can tell such an end from a whole one; and what is thrown into the
-    calling greenlet. A relay that is under way when the process forks ends in the child with
-    OSError (ECANCELED).
+    Whatever is raised under way ends both directions at once, leaves nobody at work on the sockets,
+    and has an attribute ``relayed``: the :class:`RelayResult` so far. It is OSError
+    (ConnectionResetError, BrokenPipeError, ...) as the sockets give it, or EBADF if one is closed
+    meanwhile; TimeoutError if a wait takes longer than the timeout of the socket that is waited
+    for, as in ``recv`` and ``send``, or if neither direction delivers a byte for *idle_timeout*
+    seconds (up to an eighth more), so that the caller can tell such an end from a whole one; and
+    what is thrown into the calling greenlet. A relay that is under way when the process forks ends
+    in the child with OSError (ECANCELED).
 
     Raises TypeError for what is no stream socket that waits on the hub, and ValueError for a socket
     that is non-blocking or another hub's, for one socket at both ends, and for an *idle_timeout*
@@ -78,7 +82,7 @@ def _directions(
         try:
             ends.append(stream_socket(sock))
         except NotOurs as reason:
-            _check(name, sock, reason.args[0])
+            _check(name, sock)
             counters.fell_back(reason.args[0])
     if len(ends) < 2:
         return ThroughMethods(a, b, from_a), ThroughMethods(b, a, from_b)
@@ -86,8 +90,12 @@ def _directions(
     return Spliced(one, other, from_a), Spliced(other, one, from_b)
 
 
-def _check(name: str, sock: Any, reason: str) -> None:
-    """Pass if the methods of *sock*, which is not taken for *reason*, can be used instead."""
+def _check(name: str, sock: Any) -> None:
+    """Pass if the methods of *sock*, which is not taken, can be used instead."""
+    if hub_to_serve() is None:
+        raise ValueError(
+            "relay() waits, which can be done in a greenlet, but not in the hub itself"
+        )
     if isinstance(sock, _socket.socket):
         raise TypeError(
             f"{name} is a native socket, which would block the hub: {sock!r}; use"
@@ -98,9 +106,9 @@ def _check(name: str, sock: Any, reason: str) -> None:
         raise TypeError(f"{name} must be a socket with {', '.join(methods)}, not {sock!r}")
     if getattr(sock, "type", SOCK_STREAM) != SOCK_STREAM:
         raise TypeError(f"{name} must be a stream socket, not {sock!r}")
-    if reason == "nonblocking":
+    if getattr(sock, "timeout", None) == 0.0:
         raise ValueError(f"{name} has timeout 0, so it can't be waited for: {sock!r}")
-    if reason == "other_hub":
+    if getattr(sock, "hub", get_hub()) is not get_hub():
         raise ValueError(f"{name} belongs to the hub of another thread: {sock!r}")
 
 
@@ -148,10 +156,10 @@ class _Both:
         one ends in the loop's next turn, before anything else happens.
         """
         loop = self._hub.loop
-        other = greenlet(self._run_back, self._hub)
-        self._start = loop.run_callback(other.switch)
         timer = None if idle_timeout is None else self._end_when_idle(idle_timeout)
+        other = greenlet(self._run_back, self._hub)
         try:
+            self._start = loop.run_callback(other.switch)
             self._forward(self._there)
             self._wait_for_back()
             if self._error is not None:
@@ -206,14 +214,17 @@ class _Both:
 
         def look() -> None:
             nonlocal seen, since
-            if self.result() != seen:
+            if not self._there.is_ours():
+                self._error = forked()
+                self._hub.loop.run_callback(self._tell)
+            elif self.result() != seen:
                 seen, since = self.result(), monotonic()
             elif monotonic() - since >= timeout:
                 text = f"neither direction has delivered a byte for {timeout:g} seconds"
                 self._error = TimeoutError(text)
                 self._hub.loop.run_callback(self._tell)
 
-        every = max(timeout / _LOOKS, 0.001)
+        every = min(max(timeout / _LOOKS, 0.001), _SELDOM)
         timer = self._hub.loop.timer(every, every)
         timer.start(look)
         return timer

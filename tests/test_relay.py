@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 import weakref
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -543,6 +544,60 @@ def test_an_idle_timeout_that_makes_no_sense(unix: Any, idle_timeout: float) -> 
     (a, _), (b, _) = unix(), unix()
     with pytest.raises(ValueError, match="idle_timeout"):
         gsplice.relay(a, b, idle_timeout=idle_timeout)
+
+
+def test_an_idle_timeout_without_end() -> None:
+    with Relayed(idle_timeout=float("inf")) as relayed:
+        exchange(relayed, b"forth", b"back")
+
+
+class OwnRecv(gevent.socket.socket):
+    """A socket that is used through its methods."""
+
+    def recv(self, *args: Any) -> bytes:
+        return super().recv(*args)
+
+
+def locals_of(frame: Any) -> Iterator[Any]:
+    while frame is not None:
+        yield from frame.f_locals.values()
+        frame = frame.f_back
+
+
+@pytest.mark.parametrize("kind", ["plain", "subclass"])
+def test_an_idle_relay_holds_no_bytes(kind: str) -> None:
+    with Relayed() as relayed:
+        if kind == "subclass":
+            relayed.relay.kill()
+            own = OwnRecv(fileno=relayed.a.detach())
+            relayed.callback(own.close)
+            relayed.a = own
+            relayed.start()
+        relayed.waiting()
+        relayed.client.sendall(bytes(60_000))
+        received = 0
+        while received < 60_000:
+            received += len(relayed.server.recv(60_000))
+        relayed.waiting()
+        held = [each for each in locals_of(relayed.relay.gr_frame) if isinstance(each, bytes)]
+        assert max(map(len, held), default=0) == 0
+
+
+def test_what_methods_have_sent_is_counted_piece_by_piece() -> None:
+    """An idle timeout would end a relay whose bytes are moving."""
+    relayed = Relayed("unix-to-unix", buffers=4 * KiB)
+    own = OwnRecv(fileno=relayed.b.detach())
+    relayed.callback(own.close)
+    relayed.b = own
+    relayed.options = {"initial": (bytes(1 * MiB), b"")}
+    with relayed:
+        received = 0
+        while received < 100_000:
+            received += len(relayed.server.recv(10_000))
+        relayed.relay.kill()
+        assert relayed.relay.dead
+        result = relayed.relay.value.relayed if relayed.relay.value else None
+        assert result is not None and received - 16 * KiB <= result.a_to_b < 1 * MiB
 
 
 def test_the_timeouts_of_the_sockets_apply_to_each_wait() -> None:
