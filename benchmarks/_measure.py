@@ -1,18 +1,14 @@
-"""What the benchmarks share: alternating rounds, a receiver that costs little, tables and targets.
+"""What the benchmarks share: alternating rounds, and a receiver that costs little.
 
 Run as a script this is the receiver.
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import ctypes
 import fcntl
 import gc
-import json
-import os
-import platform
 import socket
 import statistics
 import subprocess
@@ -21,11 +17,11 @@ import termios
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 import gevent
 import gevent.socket
+from _report import Report as Report  # what a benchmark needs comes from here
 
 KiB, MiB, GiB = 1 << 10, 1 << 20, 1 << 30
 
@@ -119,73 +115,6 @@ def _receive_for_ever() -> None:
         while True:
             connection, _ = listener.accept()
             threading.Thread(target=_drop, args=[connection], daemon=True).start()
-
-
-class Report:
-    """Prints what is measured, and keeps it for ``--json``. A target missed is no failure."""
-
-    def __init__(self, description: str) -> None:
-        parser = argparse.ArgumentParser(description=description)
-        parser.add_argument("--quick", action="store_true", help="fewer rounds: a rough idea only")
-        parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to FILE")
-        parser.add_argument("--picture", type=Path, metavar="FILE", help="draw them (matplotlib)")
-        self.options = parser.parse_args()
-        machine = f"{platform.system()} {platform.release()}, {os.cpu_count()} CPUs"
-        versions = f"Python {platform.python_version()}, gevent {gevent.__version__}"
-        self.figures: dict[str, Any] = {"machine": machine, "versions": versions, "targets": []}
-        print(f"{versions}, {machine}")
-
-    @property
-    def quick(self) -> bool:
-        return bool(self.options.quick)
-
-    def table(self, title: str, head: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-        """Print *rows*, each a name and numbers, and keep them under *title*."""
-        cells = [[_text(cell) for cell in row] for row in rows]
-        widths = [max(map(len, column)) for column in zip(head, *cells, strict=True)]
-        print(f"\n{title}")
-        for line in [head, *cells]:
-            first, *others = (
-                cell.ljust(width) if not number else cell.rjust(width)
-                for number, (cell, width) in enumerate(zip(line, widths, strict=True))
-            )
-            print(" ", first, *others, sep="  ")
-        self.figures[title] = [dict(zip(head, row, strict=True)) for row in rows]
-
-    def target(self, what: str, value: float, *, most: float = 0, least: float = 0) -> str:
-        """Keep whether *value* is what it should be; return it in words."""
-        met = value <= most if most else value >= least
-        bound = f"at most {most:g}" if most else f"at least {least:g}"
-        part = {"what": what, "value": value, "bound": bound, "of bound": value / (most or least)}
-        self.figures["targets"].append(part | {"met": met})
-        return f"{bound}: {'met' if met else 'MISSED'}"
-
-    def close(self) -> None:
-        """Write the files that were asked for."""
-        if self.options.json:
-            self.options.json.write_text(json.dumps(self.figures, indent=1) + "\n")
-        if self.options.picture:
-            self._draw(self.options.picture)
-
-    def _draw(self, path: Path) -> None:
-        from matplotlib.figure import Figure  # only the extra "bench" brings it
-
-        targets = self.figures["targets"][::-1]
-        figure = Figure(figsize=(9, 1.5 + 0.35 * len(targets)), layout="constrained")
-        axes = figure.subplots()
-        axes.barh(
-            [f"{target['what']} ({target['bound']})" for target in targets],
-            [target["of bound"] for target in targets],
-            color=["tab:green" if target["met"] else "tab:red" for target in targets],
-        )
-        axes.axvline(1, color="black")
-        axes.set_xlabel("measured, as a multiple of its bound (green: met)")
-        axes.set_title(f"{self.figures['versions']}, {self.figures['machine']}", fontsize=9)
-        figure.savefig(path)
-
-
-def _text(cell: object) -> str:
-    return f"{cell:.3f}" if isinstance(cell, float) else str(cell)
 
 
 if __name__ == "__main__":
