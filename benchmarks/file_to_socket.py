@@ -1,13 +1,17 @@
-"""A file in the page cache to a socket: gevent's own sendfile, gsplice's, and the limits."""
+"""Ways to move a file in the page cache to a TCP socket: gevent's, gsplice's, and the limits."""
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
+import mmap
 import os
 import random
-import select
+import shutil
+import socket
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -26,58 +30,75 @@ from _measure import (
     no_collections,
     timed,
 )
+from _report import in_words
 from gevent.socket import socket as GeventSocket
 
 import gsplice
 
-SIZES = (1, 100, 1 * KiB, 2 * KiB, 4 * KiB, 8 * KiB, 16 * KiB, 64 * KiB)
-
+SMALL_SIZES = (1, 100, 1 * KiB, 2 * KiB, 4 * KiB, 8 * KiB, 16 * KiB, 64 * KiB)
+#: Up to this size several calls are one measurement, and together move so much at least.
+AT_ONCE = 16 * MiB
+PIPES = (64, 256, 1024)
 
 gevent_sendfile: Callable[..., int] = GeventSocket.sendfile  # nothing is patched here
+
+#: Moves the first so many bytes of the file, once.
+Way = Callable[[int], object]
+
+# <sys/socket.h>, <linux/errqueue.h>: not in Python's socket module everywhere.
+SO_ZEROCOPY, MSG_ZEROCOPY = 60, 0x4000000
 
 
 def main() -> None:
     report = Report(__doc__)
-    with tempfile.TemporaryDirectory() as directory, dropping_peer() as sock:
-        big_file(report, sock, Path(directory, "big"))
-        small_files(report, sock, Path(directory, "small"))
+    # /tmp is often in memory, where other rules apply.
+    place = os.environ.get("TMPDIR", "/var/tmp")
+    with contextlib.ExitStack() as stack:
+        directory = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=place)))
+        sock = stack.enter_context(dropping_peer())
+        small_files(report, sock, directory / "small")
+        all_sizes(report, sock, directory)
     report.close()
 
 
-def big_file(report: Report, sock: Any, path: Path) -> None:
-    size, rounds = (64 * MiB, 3) if report.quick else (512 * MiB, 8)
+def all_sizes(report: Report, sock: Any, directory: Path) -> None:
+    sizes = report.pick(
+        (KiB, 4 * KiB, 16 * KiB, 64 * KiB, 256 * KiB, MiB, 16 * MiB, 128 * MiB, GiB),
+        (KiB, 16 * KiB, 64 * KiB, MiB, 64 * MiB),
+        (KiB, 128 * KiB),
+    )
+    path = directory / "big"
     with path.open("wb") as file:
-        for _ in range(size // MiB):
-            file.write(random.randbytes(MiB))
-    read_fd, write_fd = os.pipe2(os.O_CLOEXEC)
-    fcntl.fcntl(write_fd, fcntl.F_SETPIPE_SZ, MiB)
-    ways: dict[str, Callable[[Any, Any], object]] = {
-        "gevent": gevent_sendfile,
-        "gsplice": gsplice.sendfile,
-        "os.sendfile loop": sendfile_loop,
-        "splice through 1 MiB": lambda sock, file: splice_loop(sock, file, read_fd, write_fd),
-    }
-
-    def side(way: Callable[[Any, Any], object]) -> Sample:
-        with path.open("rb") as file:
-            sample = timed(lambda: way(sock, file))
-            drained(sock)
-            return sample
-
-    with path.open("rb") as file:
-        while file.read(MiB):  # into the page cache
-            pass
+        left = sizes[-1]
+        while left:
+            left -= file.write(random.randbytes(min(left, MiB)))
+        file.flush()
+        os.fsync(file.fileno())  # or the disk would be written to meanwhile
     before = gsplice.stats().bytes_sendfile
-    medians = alternate({name: (lambda way=way: side(way)) for name, way in ways.items()}, rounds)
+    with contextlib.ExitStack() as stack:
+        sides = {**gevent_ways(stack, sock, path), **python_ways(stack, sock, path)}
+        sides |= c_ways(stack, report, sock, directory, path)
+        by_size = {size: one_size(report, size, sides) for size in sizes}
     assert gsplice.stats().bytes_sendfile > before
-    os.close(read_fd)
-    os.close(write_fd)
-    path.unlink()
+    pictures(report, by_size)
+    targets(report, sizes[-1], by_size[sizes[-1]])
 
-    base = medians["gevent"]
+
+def one_size(
+    report: Report, size: int, sides: dict[str, Callable[[int, int], Sample]]
+) -> dict[str, Sample]:
+    """Measure all ways with files of *size* bytes; return the medians, for one file."""
+    rounds = report.pick(6 if size > AT_ONCE else 10, 3, 1)
+    times = max(1, min(report.pick(1000, 200, 2), report.pick(AT_ONCE, 4 * MiB, MiB) // size))
+    medians = alternate(
+        {name: lambda side=side: side(size, times) for name, side in sides.items()}, rounds
+    )
+    base = medians["gevent, unpatched"]
     rows = [
         [
             name,
+            s.elapsed * 1e6,
+            s.cpu * 1e6,
             s.cpu * GiB / size,
             size / GiB / s.elapsed,
             s.cpu / base.cpu,
@@ -85,44 +106,220 @@ def big_file(report: Report, sock: Any, path: Path) -> None:
         ]
         for name, s in medians.items()
     ]
-    title = f"One file of {size // MiB} MiB, median of {rounds} rounds"
-    report.table(title, ["", "CPU s/GiB", "GiB/s", "CPU/gevent", "speed/gevent"], rows)
-    ours = medians["gsplice"]
-    cpu, speed = ours.cpu / base.cpu, base.elapsed / ours.elapsed
-    print(f"  CPU of gevent's {cpu:.3f}, {report.target('CPU', cpu, most=0.35)}")
-    print(f"  times its speed {speed:.3f}, {report.target('speed', speed, least=2.5)}")
+    report.table(
+        f"Files of {in_words(size)}, median of {rounds} rounds of {times}",
+        ["", "us", "CPU us", "CPU s/GiB", "GiB/s", "CPU/gevent", "speed/gevent"],
+        rows,
+    )
+    return medians
 
 
-def sendfile_loop(sock: Any, file: Any) -> None:
-    """What one system call can do, with nothing around it."""
-    offset, fd, to = 0, file.fileno(), sock.fileno()
-    while sent := when_writable(to, os.sendfile, fd, offset, 2 * MiB):
-        offset += sent
+def gevent_ways(
+    stack: contextlib.ExitStack, sock: Any, path: Path
+) -> dict[str, Callable[[int, int], Sample]]:
+    file = stack.enter_context(path.open("rb"))
+
+    def side(sendfile: Callable[..., int], size: int, times: int) -> Sample:
+        def work() -> None:
+            for _ in range(times):
+                file.seek(0)
+                assert sendfile(sock, file, 0, size) == size
+
+        sample = timed(work)
+        drained(sock)
+        return Sample(*(each / times for each in sample))
+
+    return {
+        "gevent, unpatched": lambda size, times: side(gevent_sendfile, size, times),
+        "gevent, gsplice": lambda size, times: side(gsplice.sendfile, size, times),
+    }
 
 
-def splice_loop(sock: Any, file: Any, read_fd: int, write_fd: int) -> None:
-    """The same through a pipe."""
-    offset, fd, to = 0, file.fileno(), sock.fileno()
-    while held := os.splice(fd, write_fd, MiB, offset_src=offset):
-        offset += held
-        while held:
-            held -= when_writable(to, lambda to, left: os.splice(read_fd, to, left), held)
+def blocking_socket(sock: Any) -> socket.socket:
+    """Connect to the same receiver by a socket that has nothing to do with gevent."""
+    return socket.create_connection(sock.getpeername())
 
 
-def when_writable(fd: int, call: Callable[..., int], *args: int) -> int:
-    while True:
-        try:
-            return call(fd, *args)
-        except BlockingIOError:
-            poll = select.poll()
-            poll.register(fd, select.POLLOUT)
-            poll.poll()
+def python_ways(
+    stack: contextlib.ExitStack, sock: Any, path: Path
+) -> dict[str, Callable[[int, int], Sample]]:
+    """What plain Python can do, with blocking sockets and nothing around."""
+    plain = stack.enter_context(blocking_socket(sock))
+    file = stack.enter_context(path.open("rb", buffering=0))
+    fd, to = file.fileno(), plain.fileno()
+
+    def read_and_send(piece: int, size: int) -> None:
+        offset = 0
+        while offset < size:
+            data = os.pread(fd, min(piece, size - offset), offset)
+            plain.sendall(data)
+            offset += len(data)
+
+    def mmap_and_send(size: int) -> None:
+        with mmap.mmap(fd, size, prot=mmap.PROT_READ) as data:
+            plain.sendall(data)
+
+    def sendfile(size: int) -> None:
+        offset = 0
+        while offset < size:
+            offset += os.sendfile(to, fd, offset, size - offset)
+
+    def splice(pipe: tuple[int, int], capacity: int, size: int) -> None:
+        offset, (read_fd, write_fd) = 0, pipe
+        while offset < size:
+            held = os.splice(fd, write_fd, min(capacity, size - offset), offset_src=offset)
+            offset += held
+            while held:
+                held -= os.splice(read_fd, to, held)
+
+    def side(way: Way, size: int, times: int) -> Sample:
+        def work() -> None:
+            for _ in range(times):
+                way(size)
+
+        sample = timed(work)
+        drained(plain)
+        return Sample(*(each / times for each in sample))
+
+    ways: dict[str, Way] = {
+        "Python, read and send 8 KiB": lambda size: read_and_send(8 * KiB, size),
+        "Python, read and send 64 KiB": lambda size: read_and_send(64 * KiB, size),
+        "Python, mmap and send": mmap_and_send,
+        "Python, sendfile": sendfile,
+    }
+    for capacity in PIPES:
+        pipe = os.pipe2(os.O_CLOEXEC)
+        for end in pipe:
+            stack.callback(os.close, end)
+        fcntl.fcntl(pipe[1], fcntl.F_SETPIPE_SZ, capacity * KiB)
+        ways[f"Python, splice by {in_words(capacity * KiB)}"] = (
+            lambda size, pipe=pipe, most=capacity * KiB: splice(pipe, most, size)
+        )
+    ways["Python, MSG_ZEROCOPY"] = zero_copy(plain, fd)
+    return {name: lambda *args, way=way: side(way, *args) for name, way in ways.items()}
+
+
+def zero_copy(plain: socket.socket, fd: int) -> Way:
+    """Return the way by MSG_ZEROCOPY of a mapped file (Documentation/networking/msg_zerocopy.rst).
+
+    On the loopback device the kernel copies after all.
+    """
+    plain.setsockopt(socket.SOL_SOCKET, SO_ZEROCOPY, 1)
+
+    def notes() -> int:
+        """Take the notes that memory is no longer needed; each is for a range of calls."""
+        taken = 0
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                flags = socket.MSG_ERRQUEUE | socket.MSG_DONTWAIT
+                _, ((_, _, note),), _, _ = plain.recvmsg(1, 256, flags)
+                first, last = (int.from_bytes(note[at : at + 4], sys.byteorder) for at in (8, 12))
+                taken += last - first + 1
+        return taken
+
+    def way(size: int) -> None:
+        calls = noted = offset = 0
+        with mmap.mmap(fd, size, prot=mmap.PROT_READ) as data, memoryview(data) as view:
+            while offset < size:
+                with contextlib.suppress(OSError):  # ENOBUFS: too many notes not taken yet
+                    offset += plain.send(view[offset : offset + MiB], MSG_ZEROCOPY)
+                    calls += 1
+                noted += notes()
+            while noted < calls:
+                time.sleep(0)
+                noted += notes()
+
+    return way
+
+
+def c_ways(
+    stack: contextlib.ExitStack, report: Report, sock: Any, directory: Path, path: Path
+) -> dict[str, Callable[[int, int], Sample]]:
+    """The same in C."""
+    if shutil.which("cc") is None:
+        report.leave_out("the limits in C", "there is no cc")
+        return {}
+    program = directory / "ways"
+    source = Path(__file__).with_name("ways.c")
+    subprocess.run(["cc", "-O2", "-o", program, source], check=True)
+    compiler = subprocess.check_output(["cc", "-dumpfullversion"], text=True).strip()
+    report.version("C compiler", compiler)
+    plain = stack.enter_context(blocking_socket(sock))
+    process = stack.enter_context(
+        subprocess.Popen(
+            [program, str(plain.fileno()), path],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            pass_fds=[plain.fileno()],
+            text=True,
+        )
+    )
+    stack.callback(process.kill)
+
+    def side(way: str, size: int, times: int) -> Sample:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        process.stdin.write(f"{way} {size} {times}\n")
+        process.stdin.flush()
+        sample = Sample(*map(float, process.stdout.readline().split()))
+        drained(plain)
+        return Sample(*(each / times for each in sample))
+
+    ways = {
+        "C, read and send 8 KiB": "read8",
+        "C, read and send 64 KiB": "read64",
+        "C, mmap and send": "mmap",
+        "C, sendfile": "sendfile",
+        **{f"C, splice by {in_words(size * KiB)}": f"splice{size}" for size in PIPES},
+        "C, MSG_ZEROCOPY": "zerocopy",
+    }
+    return {name: lambda *args, way=way: side(way, *args) for name, way in ways.items()}
+
+
+OURS = ["gevent, gsplice"]
+
+
+def pictures(report: Report, by_size: dict[int, dict[str, Sample]]) -> None:
+    drawn = [
+        "gevent, unpatched",
+        "gevent, gsplice",
+        "Python, read and send 64 KiB",
+        "Python, sendfile",
+        "C, read and send 64 KiB",
+        "C, splice by 1 MiB",
+        "C, sendfile",
+    ]
+    for name, what, y, value in (
+        ("file_to_socket_cpu", "CPU time", "CPU seconds per GiB", lambda s, n: s.cpu * GiB / n),
+        ("file_to_socket_speed", "throughput", "GiB per second", lambda s, n: n / GiB / s.elapsed),
+    ):
+        series: dict[str, dict[int, float]] = {}
+        for size, medians in by_size.items():
+            for way in drawn:
+                if way in medians:
+                    series.setdefault(way, {})[size] = value(medians[way], size)
+        report.lines(name, f"A file to a socket: {what}", "size of the file", y, series, ours=OURS)
+    size, medians = [*by_size.items()][-1]
+    bars = {name: sample.cpu * GiB / size for name, sample in medians.items()}
+    ordered = dict(sorted(bars.items(), key=lambda bar: bar[1]))
+    title = f"Ways to send a file of {in_words(size)} (less is better)"
+    report.bars("ways", title, "CPU seconds per GiB", {"": ordered}, ours=OURS)
+
+
+def targets(report: Report, size: int, medians: dict[str, Sample]) -> None:
+    ours, base = medians["gevent, gsplice"], medians["gevent, unpatched"]
+    what = f"file of {in_words(size)} to a socket"
+    report.hold_to(f"{what}: CPU/gevent", ours.cpu / base.cpu, most=0.35)
+    report.hold_to(f"{what}: speed/gevent", base.elapsed / ours.elapsed, least=2.5)
+    limits = [s.cpu for name, s in medians.items() if name.startswith("C, ")]
+    if limits:
+        report.hold_to(f"{what}: CPU/the best loop in C", ours.cpu / min(limits), most=1.1)
 
 
 def small_files(report: Report, sock: Any, path: Path) -> None:
-    rounds = 12 if report.quick else 60
+    rounds = report.pick(60, 12, 1)
     rows = []
-    for size in SIZES:
+    for size in report.pick(SMALL_SIZES, SMALL_SIZES[::2], SMALL_SIZES[:1]):
         path.write_bytes(random.randbytes(size))
         times: dict[Callable[..., int], list[int]] = {gevent_sendfile: [], gsplice.sendfile: []}
         stock, ours = times
@@ -137,8 +334,8 @@ def small_files(report: Report, sock: Any, path: Path) -> None:
             drained(sock)
         medians = [statistics.median(side) / 1000 for side in times.values()]
         ratio = medians[1] / medians[0]
-        held_to = report.target(f"{size} bytes", ratio, most=1.05)
-        rows.append([f"{size:,} B", *medians, ratio, held_to])
+        held_to = report.target(f"file of {in_words(size)}: time/gevent", ratio, most=1.05)
+        rows.append([in_words(size), *medians, ratio, held_to])
     title = f"Small files, microseconds a call, median of {rounds} rounds of up to 200 calls"
     report.table(title, ["", "gevent", "gsplice", "ratio", "target"], rows)
 

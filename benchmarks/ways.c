@@ -60,7 +60,7 @@ static void mmap_and_send(size_t size)
 static void send_file(size_t size)
 {
     for (off_t offset = 0; (size_t)offset < size;)
-        done(sendfile(sock, file, &offset, min(2 * MIB, size - offset)), "sendfile");
+        done(sendfile(sock, file, &offset, size - offset), "sendfile");
 }
 
 static void splice_file(size_t size)
