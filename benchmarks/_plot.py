@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import re
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +39,17 @@ def draw(spec: Spec, path: Path) -> None:
     figure = {"bars": _bars, "lines": _lines}[spec["kind"]](spec)
     # Not suptitle(), which would be centred over the labels too and cut off where they are long.
     figure.suptitle(spec["title"], x=0.01, ha="left", fontsize=12.5, fontweight="bold")
-    figure.savefig(path, metadata={"Date": None, "Creator": None}, facecolor="white")
+    written = io.StringIO()
+    figure.savefig(written, format="svg", metadata={"Date": None}, facecolor="white")
+    path.write_text(_smaller(written.getvalue()))
+
+
+def _smaller(svg: str) -> str:
+    """Return the same picture in a third of the bytes: who made it, and digits that nobody sees."""
+    svg = re.sub(r"<!DOCTYPE.*?>\s*|<!--.*?-->\s*|<metadata>.*?</metadata>\s*", "", svg, flags=re.S)
+    svg = re.sub(r"(\d\.\d)\d+", r"\1", svg)
+    svg = re.sub(r"\s*\n\s*", "\n", svg)
+    return re.sub(r"\n(?=[LMQCz\"])", "", svg)
 
 
 def _bars(spec: Spec) -> Figure:
@@ -49,7 +61,7 @@ def _bars(spec: Spec) -> Figure:
     all_axes = figure.subplots(rows, columns, sharey=True, squeeze=False).flatten()
     for axes, (title, bars) in zip(all_axes, panels.items(), strict=False):
         _panel(axes, title, bars, names, spec["ours"])
-        axes.set_xlabel(spec["unit"], fontsize=10)
+    figure.supxlabel(spec["unit"], fontsize=11)
     for axes in all_axes[len(panels) :]:
         axes.set_visible(False)
     for label in all_axes[0].get_yticklabels():
@@ -77,8 +89,8 @@ def _panel(
     axes.set_ylim(len(names) - 0.4, -0.6)
     axes.set_yticks(range(len(names)), names)
     axes.tick_params(axis="y", length=0)
-    axes.tick_params(axis="x", labelsize=9)
-    axes.locator_params(axis="x", nbins=4)
+    axes.set_xticks([])  # the figures are by the bars
+    axes.spines["bottom"].set_visible(False)
 
 
 def _lines(spec: Spec) -> Figure:

@@ -24,6 +24,7 @@ if __name__ == "__main__" and sys.argv[1:] != ["--serve"]:
 import socket
 
 from _measure import GiB, KiB, MiB, Report, Sample, alternate, timed
+from _report import in_words
 
 import gsplice
 from gsplice.config import SMALL_BODY
@@ -35,7 +36,7 @@ stock_copy: Callable[..., None] = shutil.copyfileobj  # gsplice patches nothing 
 
 def main() -> None:
     report = Report(__doc__)
-    rounds = 3 if report.quick else 15
+    rounds = report.pick(15, 3, 1)
     with server() as url:
         for place in ("/var/tmp", "/dev/shm"):
             with tempfile.TemporaryDirectory(dir=place) as directory:
@@ -45,7 +46,8 @@ def main() -> None:
 
 def downloads(report: Report, url: str, path: Path, rounds: int) -> None:
     rows = []
-    for size in SIZES:
+    series: dict[str, dict[int, float]] = {"gevent": {}, "gsplice": {}}
+    for size in report.pick(SIZES, SIZES, SIZES[:2]):
         several = max(1, min(200, 4 * MiB // size))
 
         def side(copy: Callable[..., None], size: int = size, several: int = several) -> Sample:
@@ -65,13 +67,26 @@ def downloads(report: Report, url: str, path: Path, rounds: int) -> None:
         stock, ours = median["gevent"], median["gsplice"]
         ratio = ours.cpu / stock.cpu
         most = 0.5 if size > SMALL_BODY else 1.15  # small ones are left to the original
-        target = report.target(f"{size // KiB} KiB to {path.parent.parent}", ratio, most=most)
+        target = report.target(
+            f"body of {in_words(size)} to {path.parent.parent}: CPU/gevent", ratio, most=most
+        )
         per_gib = [sample.cpu * GiB / size for sample in (stock, ours)]
-        rows.append([f"{size // KiB} KiB", *per_gib, ratio, stock.elapsed / ours.elapsed, target])
+        for name, cost in zip(series, per_gib, strict=True):
+            series[name][size] = cost
+        rows.append([in_words(size), *per_gib, ratio, stock.elapsed / ours.elapsed, target])
     report.table(
         f"To a new file in {path.parent.parent}, median of {rounds} rounds",
         ["", "gevent CPU s/GiB", "gsplice", "CPU/gevent", "speed/gevent", "target for the CPU"],
         rows,
+    )
+    where = path.parent.parent
+    report.lines(
+        f"download_to_{where.name}",
+        f"Downloads to new files in {where}",
+        "size of the body",
+        "CPU seconds per GiB",
+        series,
+        ours=["gsplice"],
     )
 
 

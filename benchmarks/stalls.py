@@ -67,6 +67,10 @@ class Beats(NamedTuple):
     longest: float
 
 
+#: Way -> side -> the median.
+Found = dict[str, dict[str, Beats]]
+
+
 class Served(NamedTuple):
     """The same of many files at once, and after how long the fast one among them was sent."""
 
@@ -89,22 +93,39 @@ def main() -> None:
         report.figures["filesystem"] = kind
         print(f"files in {place} ({kind})")
         heartbeat_alone(report)
+        found: dict[str, Found] = {}
         with mounted(report, directory / "slow", DELAY) as slow:
             if slow:
-                slow_file(report, sock, slow, directory / "copy")
+                found["FUSE, 50 ms a read"] = slow_file(report, sock, slow, directory / "copy")
                 crowd(report, sock, slow, directory / "fast", kind)
                 if Path("/dev/shm").is_dir():
                     with tempfile.TemporaryDirectory(dir="/dev/shm") as memory:
                         crowd(report, sock, slow, Path(memory, "fast"), "tmpfs")
-        size = (64 if report.quick else 256) * MiB
+        size = report.pick(256, 64, 4) * MiB
         big = filled(directory / "big", size)
-        cold_file(report, sock, big, directory / "copy", kind)
+        found["cold"] = cold_file(report, sock, big, directory / "copy", kind)
+        found["hot"] = hot_file(report, sock, big, directory / "copy", kind)
+        picture(report, found)
         price(report, sock, big, kind, most=1.03)
         with mounted(report, directory / "warm", 0) as warm:
             if warm:
                 filled(warm.directory / "big", size)
                 price(report, sock, warm.mount / "big", "FUSE")
     report.close()
+
+
+def picture(report: Report, found: dict[str, Found]) -> None:
+    panels = {
+        place: {
+            f"{side}, {what}": 1000 * beats.longest
+            for what, by in ways.items()
+            for side, beats in by.items()
+        }
+        for place, ways in found.items()
+    }
+    ours = [name for name in panels["hot"] if name.startswith("gsplice")]
+    title = "How long the hub stands still while a file is sent or copied (less is better)"
+    report.bars("stalls", title, "longest stall, ms", panels, ours)
 
 
 @contextlib.contextmanager
@@ -120,8 +141,7 @@ def mounted(report: Report, place: Path, delay: float) -> Iterator[SlowFS | None
                 raise RuntimeError("there is no fusermount3")
             slow = stack.enter_context(SlowFS(place, "--delay", str(delay)))
         except (AssertionError, RuntimeError) as err:
-            print(f"\nNO SLOW DISK, and nothing measured on one: {err}")
-            report.figures["no slow disk"] = str(err)
+            report.leave_out("all on a slow disk", str(err))
         yield slow
 
 
@@ -166,7 +186,7 @@ def beats_during(work: Callable[[], object]) -> Beats:
 
 def heartbeat_alone(report: Report) -> None:
     """What the machine itself does to a heartbeat."""
-    rounds = 2 if report.quick else 6
+    rounds = report.pick(6, 2, 1)
     samples = in_turns({"nothing": lambda: beats_during(lambda: gevent.sleep(0.5))}, rounds)
     title = f"The heartbeat with nothing to disturb it, median of {rounds} rounds"
     report.table(title, BEATS_HEAD, [beats_row("nothing", samples["nothing"])])
@@ -182,12 +202,13 @@ def beats_row(name: str, samples: Sequence[Any]) -> list[object]:
 
 
 def copies(
-    report: Report, sock: Any, src: Path, dst: Path, title: str, rounds: int
-) -> dict[str, dict[str, Beats]]:
-    """Copy *src*, cold each time, in all ways; print the table; return the medians."""
+    report: Report, sock: Any, src: Path, dst: Path, title: str, rounds: int, *, hot: bool = False
+) -> Found:
+    """Copy *src*, cold each time or *hot*, in all ways; print the table; return the medians."""
 
     def side(copy: Copy, to_file: bool, makefile: bool) -> Beats:
-        drop(src)
+        if not hot:
+            drop(src)
         with contextlib.ExitStack() as stack:
             # Opening and closing may wait for a disk: what is measured is what comes between.
             file = stack.enter_context(src.open("rb"))
@@ -207,7 +228,7 @@ def copies(
             drained(sock)
             return beats
 
-    found: dict[str, dict[str, Beats]] = {}
+    found: Found = {}
     rows = []
     for what, copiers, to_file, makefile in (
         ("sendfile", SENDFILE, False, False),
@@ -229,35 +250,44 @@ def copies(
     return found
 
 
-def hold_to(report: Report, what: str, value: float, most: float) -> None:
-    print(f"  {what} {value:.3f}, {report.target(what, value, most=most)}")
-
-
-def slow_file(report: Report, sock: Any, slow: SlowFS, dst: Path) -> None:
-    size, rounds = (2 * MiB, 2) if report.quick else (8 * MiB, 6)
+def slow_file(report: Report, sock: Any, slow: SlowFS, dst: Path) -> Found:
+    size, rounds = report.pick((8 * MiB, 6), (MiB, 1), (256 * KiB, 1))
     filled(slow.directory / "slow", size)
     title = (
         f"A file of {size // MiB} MiB, {1000 * DELAY:g} ms for each read, median of {rounds} rounds"
     )
-    for what, by in copies(report, sock, slow.mount / "slow", dst, title, rounds).items():
+    found = copies(report, sock, slow.mount / "slow", dst, title, rounds)
+    for what, by in found.items():
         stock, ours = by["gevent"], by["gsplice"]
-        hold_to(report, f"slow disk, {what}: longest ms", 1000 * ours.longest, 25)
-        hold_to(report, f"slow disk, {what}: p99 ms", 1000 * ours.p99, 3)
-        hold_to(report, f"slow disk, {what}: time/gevent", ours.elapsed / stock.elapsed, 1.05)
+        report.hold_to(f"slow disk, {what}: longest ms", 1000 * ours.longest, most=25)
+        report.hold_to(f"slow disk, {what}: p99 ms", 1000 * ours.p99, most=3)
+        report.hold_to(f"slow disk, {what}: time/gevent", ours.elapsed / stock.elapsed, most=1.05)
+    return found
 
 
-def cold_file(report: Report, sock: Any, src: Path, dst: Path, kind: str) -> None:
-    size, rounds = src.stat().st_size, 3 if report.quick else 8
+def hot_file(report: Report, sock: Any, src: Path, dst: Path, kind: str) -> Found:
+    size, rounds = src.stat().st_size, report.pick(8, 2, 1)
+    with src.open("rb") as file:
+        while file.read(MiB):  # into the page cache
+            pass
+    title = f"A hot file of {size // MiB} MiB on {kind}, median of {rounds} rounds"
+    return copies(report, sock, src, dst, title, rounds, hot=True)
+
+
+def cold_file(report: Report, sock: Any, src: Path, dst: Path, kind: str) -> Found:
+    size, rounds = src.stat().st_size, report.pick(8, 2, 1)
     title = f"A cold file of {size // MiB} MiB on {kind}, median of {rounds} rounds"
-    for what, by in copies(report, sock, src, dst, title, rounds).items():
+    found = copies(report, sock, src, dst, title, rounds)
+    for what, by in found.items():
         stock, ours = by["gevent"], by["gsplice"]
-        hold_to(report, f"cold, {what}: longest/gevent", ours.longest / stock.longest, 0.1)
-        hold_to(report, f"cold, {what}: time/gevent", ours.elapsed / stock.elapsed, 1.0)
+        report.hold_to(f"cold, {what}: longest/gevent", ours.longest / stock.longest, most=0.1)
+        report.hold_to(f"cold, {what}: time/gevent", ours.elapsed / stock.elapsed, most=1.0)
+    return found
 
 
 def crowd(report: Report, sock: Any, slow: SlowFS, fast: Path, kind: str) -> None:
     """Ten files on a slow disk at once, and one on another that is asked for a little later."""
-    size, rounds = 512 * KiB, 2 if report.quick else 6
+    size, rounds = 512 * KiB, report.pick(6, 1, 1)
     ten = [slow.mount / str(number) for number in range(10)]
     for path in ten:
         filled(slow.directory / path.name, size)
@@ -311,13 +341,13 @@ def crowd(report: Report, sock: Any, slow: SlowFS, fast: Path, kind: str) -> Non
     rows = [[*beats_row(name, each), 1000 * medians(each).fast] for name, each in samples.items()]
     report.table(title, [*BEATS_HEAD, "fast file ms"], rows)
     ours = medians(samples["gsplice, among ten"])
-    hold_to(report, f"ten slow files and one on {kind}: longest ms", 1000 * ours.longest, 25)
-    hold_to(report, f"ten slow files and one on {kind}: p99 ms", 1000 * ours.p99, 3)
+    report.hold_to(f"ten slow files and one on {kind}: longest ms", 1000 * ours.longest, most=25)
+    report.hold_to(f"ten slow files and one on {kind}: p99 ms", 1000 * ours.p99, most=3)
 
 
 def price(report: Report, sock: Any, path: Path, kind: str, most: float = 0) -> None:
     """What it costs to ask whether a file is in the page cache that is."""
-    size, pairs = path.stat().st_size, (1000 if most else 300) // (5 if report.quick else 1)
+    size, pairs = path.stat().st_size, (1000 if most else 300) // report.pick(1, 10, 100)
     # One call can take four times as long as the next, by what the receiver is doing: hence many.
     part = 16 * MiB
     with path.open("rb") as file:
@@ -365,7 +395,7 @@ def price(report: Report, sock: Any, path: Path, kind: str, most: float = 0) -> 
     if most:
         for clock in Sample._fields:
             ratio = getattr(auto, clock) / getattr(never, clock)
-            hold_to(report, f"warm file on {kind}: {clock}, auto/never", ratio, most)
+            report.hold_to(f"warm file on {kind}: {clock}, auto/never", ratio, most=most)
 
 
 if __name__ == "__main__":
