@@ -229,21 +229,45 @@ class _FileResponse:
         head = handler.command == "HEAD"
         transfer = Transfer(0 if head else self._length)
         first = b"" if head else self._first
+        if first:
+            self._write_together(first)
+            transfer.moved(len(first), "bytes_copied")
+            if transfer.room(1):
+                self._send_rest(transfer)
+        elif transfer.room(1):
+            self._send_corked(transfer)
+        else:
+            handler.write(b"")  # the headers alone
+        if not head and transfer.delivered < self._declared:
+            handler.close_connection = True
+
+    def _write_together(self, first: bytes) -> None:
+        """Write headers and *first* with one send, as fast as pywsgi without ``TCP_CORK``.
+
+        Lets out what the handler's own write() raises.
+        """
+        handler = self._handler
+        pieces: list[bytes] = []
+        handler._sendall = pieces.append
+        try:
+            handler.write(first)
+        finally:
+            del handler._sendall
+        handler._sendall(b"".join(pieces))
+
+    def _send_corked(self, transfer: Transfer) -> None:
+        """Send headers and file, so that the first segment has some of both."""
+        handler = self._handler
         tcp = handler.socket.family != AF_UNIX
         if tcp:
             handler.socket.setsockopt(IPPROTO_TCP, _TCP_CORK, 1)
         try:
-            handler.write(first)  # with the headers
-            if first:
-                transfer.moved(len(first), "bytes_copied")
-            if transfer.room(1):
-                self._send_rest(transfer)
+            handler.write(b"")
+            self._send_rest(transfer)
         finally:
             if tcp:
                 with contextlib.suppress(OSError):  # closed meanwhile
                     handler.socket.setsockopt(IPPROTO_TCP, _TCP_CORK, 0)
-        if not head and transfer.delivered < self._declared:
-            handler.close_connection = True
 
     def _send_rest(self, transfer: Transfer) -> None:
         handler = self._handler

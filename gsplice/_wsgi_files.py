@@ -116,9 +116,11 @@ def _lookup(obj: Any, table: Any) -> Any:
     """Return the entry of the type of *obj*, if the instance does what its type does."""
     cls = type(obj)
     found = by_name(cls, table)
-    # Its close() may be anything: the server calls it, not we.
-    if found and any(hasattr(cls, name) for name in vars(obj).keys() - {"close"}):
-        return None
+    if found:
+        for name in vars(obj):
+            # Its close() may be anything: the server calls it, not we.
+            if name != "close" and hasattr(cls, name):
+                return None
     return found
 
 
