@@ -47,7 +47,7 @@ def draw(spec: Spec, path: Path) -> None:
 def _smaller(svg: str) -> str:
     """Return the same picture in a third of the bytes: who made it, and digits that nobody sees."""
     svg = re.sub(r"<!DOCTYPE.*?>\s*|<!--.*?-->\s*|<metadata>.*?</metadata>\s*", "", svg, flags=re.S)
-    svg = re.sub(r"(\d\.\d)\d+", r"\1", svg)
+    svg = re.sub(r"(\d\.\d)\d{4,}", r"\1", svg)
     svg = re.sub(r"\s*\n\s*", "\n", svg)
     return re.sub(r"\n(?=[LMQCz\"])", "", svg)
 

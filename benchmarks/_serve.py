@@ -29,21 +29,23 @@ def application(environ: dict[str, Any], start_response: Start) -> Iterable[byte
     headers = [("Content-Type", "application/octet-stream"), ("Content-Length", length)]
     start_response("200 OK", headers)
     wrapper = environ.get("wsgi.file_wrapper")
-    return wrapper(file, 65536) if wrapper is not None else iter(Pieces(file))
+    piece = int(os.environ["BENCHMARK_PIECE"])
+    return wrapper(file, piece) if wrapper is not None else Pieces(file, piece)
 
 
 class Pieces:
     """What takes the place of a ``wsgi.file_wrapper`` where the server has none."""
 
-    def __init__(self, file: Any) -> None:
+    def __init__(self, file: Any, piece: int) -> None:
         self._file = file
+        self._piece = piece
         self.close = file.close
 
     def __iter__(self) -> Pieces:
         return self
 
     def __next__(self) -> bytes:
-        if data := self._file.read(65536):
+        if data := self._file.read(self._piece):
             return data  # type: ignore[no-any-return]
         raise StopIteration
 

@@ -68,16 +68,20 @@ class Kind:
     tells: bool = False
 
 
-def in_python(name: str, *, gsplice: bool = False) -> Start:
+#: What werkzeug's and wsgiref's wrappers read at once; Django's reads 4 KiB.
+PIECE = 8192
+
+
+def in_python(name: str, *, gsplice: bool = False, piece: int = PIECE) -> Start:
     def start(fd: int, port: int, folder: Path, scratch: Path) -> Any:
         command = [sys.executable, HERE / "_serve.py", name, str(fd), folder]
-        return command, environ(folder, gsplice)
+        return command, environ(folder, gsplice, piece)
 
     return start
 
 
-def environ(folder: Path, gsplice: bool) -> dict[str, str]:
-    added = {"BENCHMARK_FOLDER": str(folder)}
+def environ(folder: Path, gsplice: bool, piece: int = PIECE) -> dict[str, str]:
+    added = {"BENCHMARK_FOLDER": str(folder), "BENCHMARK_PIECE": str(piece)}
     return added | ({"BENCHMARK_GSPLICE": "1"} if gsplice else {})
 
 
@@ -167,6 +171,7 @@ KINDS = (
         is_ours=True,
     ),
     Kind("pywsgi", in_python("pywsgi")),
+    Kind("pywsgi, 64 KiB a piece", in_python("pywsgi", piece=65536)),
     Kind("gunicorn gevent", gunicorn("gevent"), ["gunicorn"]),
     Kind("gunicorn gthread", gunicorn("gthread", "--threads", "8"), ["gunicorn"]),
     Kind("aiohttp", in_python("aiohttp"), ["aiohttp"]),

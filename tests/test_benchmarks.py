@@ -1,0 +1,39 @@
+"""``python -m benchmarks`` runs, and writes what it says it writes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from xml.etree import ElementTree
+
+ROOT = Path(__file__).parents[1]
+
+
+def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "benchmarks", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100)
+
+
+def test_the_cheap_ones_run_and_write_their_files(tmp_path: Path) -> None:
+    done = run("--check", "--out", tmp_path, "pool", "file_to_socket")
+    assert done.returncode == 0, done.stdout + done.stderr
+    page = (tmp_path / "RESULTS.md").read_text()
+    results = tmp_path / "results"
+    for name in ("pool", "file_to_socket"):
+        figures = json.loads((results / f"{name}.json").read_text())
+        assert figures["targets"]
+        for title, table in figures["tables"].items():
+            assert title in page
+            assert all(len(row) == len(table["head"]) for row in table["rows"])
+        for picture in figures["pictures"]:
+            assert f"(results/{picture}.svg)" in page
+            assert len([*ElementTree.parse(results / f"{picture}.svg").iter()]) > 20
+
+
+def test_a_benchmark_that_does_not_exist_is_an_error(tmp_path: Path) -> None:
+    done = run("--out", tmp_path, "no-such-thing")
+    assert done.returncode == 2
+    assert "'no-such-thing'" in done.stderr
+    assert "pool" in done.stderr
