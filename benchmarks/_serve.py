@@ -5,7 +5,6 @@ It serves the files of FOLDER on the listening socket FD. gunicorn loads :func:`
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import socket
@@ -75,18 +74,6 @@ def aiohttp(listener: socket.socket, folder: str, *, uvloop: bool) -> None:
     web.run_app(app, sock=listener, access_log=None, print=None, loop=loop)
 
 
-def file_server(folder: str) -> Any:
-    """Return the application of this project's file server."""
-    path = Path(__file__).parents[1] / "examples" / "file_server.py"
-    spec = importlib.util.spec_from_file_location("file_server", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["file_server"] = module
-    spec.loader.exec_module(module)
-    return module.FileServer(folder)
-
-
 def main() -> None:
     name, fd, folder = sys.argv[1:]
     listener: Any
@@ -101,7 +88,7 @@ def main() -> None:
     from gevent.socket import socket as GeventSocket
 
     listener = GeventSocket(fileno=int(fd))
-    pywsgi(listener, file_server(folder) if name == "file-server" else application)
+    pywsgi(listener, application)
 
 
 def patch() -> None:

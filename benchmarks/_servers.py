@@ -64,6 +64,8 @@ class Kind:
     needs: Sequence[str] = ()  # programs, or modules of Python
     is_ours: bool = False
     is_python: bool = True
+    #: Whether it makes its listening socket itself.
+    listens: bool = False
     #: Whether "/stats" is what gsplice has counted.
     tells: bool = False
 
@@ -83,6 +85,10 @@ def in_python(name: str, *, gsplice: bool = False, piece: int = PIECE) -> Start:
 def environ(folder: Path, gsplice: bool, piece: int = PIECE) -> dict[str, str]:
     added = {"BENCHMARK_FOLDER": str(folder), "BENCHMARK_PIECE": str(piece)}
     return added | ({"BENCHMARK_GSPLICE": "1"} if gsplice else {})
+
+
+def gsplice_serve(fd: int, port: int, folder: Path, scratch: Path) -> Any:
+    return [sys.executable, "-m", "gsplice", "serve", "--port", str(port), folder], {}
 
 
 def gunicorn(worker: str, *options: str, gsplice: bool = False) -> Start:
@@ -165,10 +171,11 @@ KINDS = (
         tells=True,
     ),
     Kind(
-        "gsplice's file server",
-        in_python("file-server", gsplice=True),
+        "gsplice serve",
+        gsplice_serve,
         ["werkzeug", "jinja2"],
         is_ours=True,
+        listens=True,
     ),
     Kind("pywsgi", in_python("pywsgi")),
     Kind("pywsgi, 64 KiB a piece", in_python("pywsgi", piece=65536)),
@@ -215,12 +222,14 @@ def running(kind: Kind, folder: Path, scratch: Path, cpu: int | None) -> Iterato
     with socket.create_server(("127.0.0.1", 0), backlog=1024) as listener, log.open("wb") as said:
         fd, port = listener.fileno(), listener.getsockname()[1]
         command, added = kind.start(fd, port, folder, scratch)
+        if kind.listens:
+            listener.close()
         pinned = [] if cpu is None else ["taskset", "-c", str(cpu)]
         with subprocess.Popen(
             [*pinned, *command],
             stdout=said,
             stderr=said,
-            pass_fds=[fd],
+            pass_fds=[] if kind.listens else [fd],
             env=os.environ | added,
         ) as process:
             try:

@@ -239,7 +239,7 @@ def copies(
             name: lambda copy=copy, f=to_file, m=makefile: side(copy, f, m)
             for name, copy in copiers.items()
         }
-        samples = in_turns(sides, rounds)
+        samples = in_turns(sides, rounds, warm_up=report.pick(1, 0, 0))
         found[what] = {name: medians(several) for name, several in samples.items()}
         base = found[what]["gevent"].elapsed
         rows += [
@@ -332,6 +332,7 @@ def crowd(report: Report, sock: Any, slow: SlowFS, fast: Path, kind: str) -> Non
                 for what, crowd in (("alone", []), ("among ten", ten))
             },
             rounds,
+            warm_up=report.pick(1, 0, 0),
         )
     fast.unlink()
     title = (
@@ -347,7 +348,7 @@ def crowd(report: Report, sock: Any, slow: SlowFS, fast: Path, kind: str) -> Non
 
 def price(report: Report, sock: Any, path: Path, kind: str, most: float = 0) -> None:
     """What it costs to ask whether a file is in the page cache that is."""
-    size, pairs = path.stat().st_size, (1000 if most else 300) // report.pick(1, 10, 100)
+    size, pairs = path.stat().st_size, (1000 if most else 300) // report.pick(1, 20, 100)
     # One call can take four times as long as the next, by what the receiver is doing: hence many.
     part = 16 * MiB
     with path.open("rb") as file:
