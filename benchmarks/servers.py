@@ -284,8 +284,8 @@ def pictures(report: Report, kinds: Sequence[Kind], found: dict[tuple[int, int],
 HELD = ("gsplice, pywsgi", "gsplice, gunicorn gevent")
 
 REQUEST = (
-    "A request costs pywsgi and gunicorn 150 to 200 us of Python, nginx 20 us and Go 40 us with all "
-    "that the kernel does for it"
+    "A request costs pywsgi and gunicorn 150 to 200 us of Python; nginx needs 20 us for one, Go 40, "
+    "with all that the kernel does"
 )
 SMALL = (
     "A request costs pywsgi 150 us of Python already; to know the file, the socket and what is in "
