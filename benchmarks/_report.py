@@ -154,10 +154,10 @@ def text(cell: object) -> str:
     return str(cell)
 
 
-def in_words(size: int) -> str:
+def in_words(size: float) -> str:
     """Return a size in bytes as people write it."""
-    for unit in ("bytes", "KiB", "MiB", "GiB"):
-        if size < 1024 or unit == "GiB":
-            return f"{size:g} {unit}"
-        size = size // 1024 if size % 1024 == 0 else size / 1024  # type: ignore[assignment]
-    raise AssertionError
+    units = ["bytes", "KiB", "MiB", "GiB"]
+    while size >= 1024 and len(units) > 1:
+        size /= 1024
+        del units[0]
+    return f"{size:.4g} {units[0]}"

@@ -36,7 +36,7 @@ stock_copy: Callable[..., None] = shutil.copyfileobj  # gsplice patches nothing 
 
 def main() -> None:
     report = Report(__doc__)
-    rounds = report.pick(15, 3, 1)
+    rounds = report.pick(15, 2, 1)
     with server() as url:
         for place in ("/var/tmp", "/dev/shm"):
             with tempfile.TemporaryDirectory(dir=place) as directory:

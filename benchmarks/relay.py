@@ -54,8 +54,12 @@ def main() -> None:
         }
         if shutil.which("go"):
             relays["Go"] = stack.enter_context(go(backend))
+        else:
+            report.leave_out("Go's io.Copy", "there is no go")
         if shutil.which("haproxy"):
             relays["HAProxy"] = stack.enter_context(haproxy(backend))
+        else:
+            report.leave_out("HAProxy", "there is no haproxy")
         bulk(report, relays)
         ping_pong(report, relays)
         fairness(report, {name: relays[name] for name in ("gevent", "gsplice")}, backend)
@@ -149,8 +153,7 @@ class Source:
 
 
 def bulk(report: Report, relays: dict[str, Relay]) -> None:
-    size = (128 if report.quick else 512) * MiB
-    rounds = 3 if report.quick else 15
+    size, rounds = report.pick(512, 128, 8) * MiB, report.pick(15, 2, 1)
     source = Source()
 
     def side(relay: Relay) -> Sample:
@@ -176,6 +179,12 @@ def bulk(report: Report, relays: dict[str, Relay]) -> None:
         ["", "s/GiB", "CPU s/GiB of the relay", "speed/gevent", "CPU/gevent"],
         rows,
     )
+    panels = {
+        "GiB per second": {name: 1 / sample.elapsed for name, sample in median.items()},
+        "CPU seconds per GiB": {name: sample.cpu for name, sample in median.items()},
+    }
+    title = "A relay between two TCP connections: throughput, and CPU time of the relay"
+    report.bars("relay", title, "one stream", panels, ours=["gsplice"])
     print("    speed", target(value=stock.elapsed / ours.elapsed, least=1.6))
     print("    CPU", report.target("bulk, CPU", ours.cpu / stock.cpu, most=0.35))
     for name, least in (("Go", 1.0), ("HAProxy", 0.9)):
@@ -187,7 +196,8 @@ def bulk(report: Report, relays: dict[str, Relay]) -> None:
 
 def ping_pong(report: Report, relays: dict[str, Relay]) -> None:
     rows = []
-    rounds = 6 if report.quick else 80
+    series: dict[str, dict[int, float]] = {name: {} for name in relays}
+    rounds = report.pick(80, 4, 1)
     for size in SIZES:
         number = max(10, 100 // (1 + size // 30_000))
         message, buffer = os.urandom(size), memoryview(bytearray(size))
@@ -209,6 +219,8 @@ def ping_pong(report: Report, relays: dict[str, Relay]) -> None:
             return Sample(elapsed / number * 1e6, used / number * 1e6)
 
         median = alternate({name: partial(side, relay) for name, relay in relays.items()}, rounds)
+        for name, sample in median.items():
+            series[name][size] = sample.elapsed
         ours = median["gsplice"].elapsed
         said = [report.target(f"{size} B, gevent", median["gevent"].elapsed / ours, least=1.0)]
         if "Go" in median:
@@ -221,6 +233,9 @@ def ping_pong(report: Report, relays: dict[str, Relay]) -> None:
         ["", *relays, *[f"{n}/gsplice" for n in ("gevent", "Go") if n in relays], "targets"],
         rows,
     )
+    title = "A message through a relay, and back"
+    y = "microseconds (less is better)"
+    report.lines("relay_ping_pong", title, "size of the message", y, series, ours=["gsplice"])
 
 
 def percentiles(samples: Sequence[float]) -> Latency:
@@ -230,7 +245,7 @@ def percentiles(samples: Sequence[float]) -> Latency:
 
 def fairness(report: Report, relays: dict[str, Relay], backend: int) -> None:
     """A hundred connections send 200 bytes each in turn, while one moves as much as it can."""
-    rounds = 3 if report.quick else 9
+    rounds, turns = report.pick((9, 10), (1, 3), (1, 1))
     source = Source()
 
     def side(relay: Relay) -> Latency:
@@ -247,7 +262,7 @@ def fairness(report: Report, relays: dict[str, Relay], backend: int) -> None:
             loading = threading.Thread(target=load)
             loading.start()
             samples = []
-            for sock in socks * 10:
+            for sock in socks * turns:
                 start = time.perf_counter()
                 sock.sendall(message)
                 assert receive(sock, buffer)
@@ -265,8 +280,7 @@ def fairness(report: Report, relays: dict[str, Relay], backend: int) -> None:
 
 def threads(report: Report, stack: contextlib.ExitStack, backend: int) -> None:
     """Two streams through one hub, and through two hubs in two native threads."""
-    size = (128 if report.quick else 512) * MiB
-    rounds = 3 if report.quick else 9
+    size, rounds = report.pick(512, 64, 8) * MiB, report.pick(9, 1, 1)
     relay = stack.enter_context(in_python("gsplice", backend, RELAY_HUBS="2"))
     source = Source()
 
@@ -303,9 +317,9 @@ def idle(report: Report) -> None:
     """Many relays that have each carried something and now wait."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    number = min(500 if report.quick else 10_000, hard // 2 - 200)
+    number = min(report.pick(10_000, 200, 20), hard // 2 - 200)
     rows = []
-    rounds = 1 if report.quick else 3
+    rounds = report.pick(3, 1, 1)
     with serving("gevent") as backend:
 
         def side(name: str) -> tuple[float, ...]:

@@ -185,9 +185,11 @@ def hot(
     crowds = report.pick((1, CONNECTIONS, 500), (CONNECTIONS,), (CONNECTIONS,))
     rounds, seconds = report.pick((3, 1.0), (1, 0.4), (1, 0.05))
     found: dict[tuple[int, int], Medians] = {}
-    has_wrk = shutil.which("wrk") is not None and not report.options.check
+    has_wrk = shutil.which("wrk") is not None and not report.quick  # it knows whole seconds
     if not has_wrk:
-        report.leave_out("wrk", "not used here: all is fetched by the client that drops")
+        report.leave_out(
+            "wrk", "there is none, or it takes too long: all is fetched by the client that drops"
+        )
     for size in sizes:
         path = folder / str(size)
         write(path, size)
@@ -284,8 +286,8 @@ def pictures(report: Report, kinds: Sequence[Kind], found: dict[tuple[int, int],
 HELD = ("gsplice, pywsgi", "gsplice, gunicorn gevent")
 
 REQUEST = (
-    "A request costs pywsgi and gunicorn 150 to 200 us of Python; nginx needs 20 us for one, Go 40, "
-    "with all that the kernel does"
+    "A request costs pywsgi and gunicorn 150 to 200 us of Python; nginx needs 20 us for one, and "
+    "Go 40, with all that the kernel does"
 )
 SMALL = (
     "A request costs pywsgi 150 us of Python already; to know the file, the socket and what is in "
