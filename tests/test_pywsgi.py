@@ -310,7 +310,7 @@ def test_the_cork_is_taken_out_however_it_ends(serve: Any, tmp_path: Path) -> No
     """A kept-alive connection answers the second request, whatever the first one was."""
     corks = []
     path = file_of(tmp_path / "f", BIG)
-    plain = file_app(path, ("Content-Length", "100"))
+    plain = file_app(path, ("Content-Length", str(BIG)))
 
     def app(environ: dict[str, Any], start_response: Callable[..., Any]) -> Any:
         sock = environ["wsgi.input"].rfile.raw._sock
