@@ -93,10 +93,10 @@ def main() -> None:
     given = sys.argv[4:]
     names = names_for_ever(given) if seconds else iter(given)
     epoll = select.epoll()
-    start = time.perf_counter()
     connections = {}
-    for _ in range(number):
-        connection = Connection(port, names)
+    waiting = [Connection(port, names) for _ in range(number)]
+    start = time.perf_counter()
+    for connection in waiting:
         if connection.ask():
             epoll.register(connection.sock, select.EPOLLIN)
             connections[connection.sock.fileno()] = connection

@@ -111,16 +111,18 @@ def by_dropping(cpu: int | None, names: Sequence[str], seconds: float) -> Client
     return client
 
 
-def under_load(server: Server, client: Client, connections: int) -> Load:
+def under_load(server: Server, client: Client, connections: int, size: int) -> Load:
     before = server.cpu()
     found = client(server.port, connections)
     cpu, seconds = server.cpu() - before, found["seconds"]
+    # What a client has got of responses that were under way at the end counts, too.
+    requests = found["requests"] if size <= WRK_UP_TO else found["bytes"] / size
     if found["errors"]:
         print(f"  {server.name}: {found['errors']} errors: {found['first error']}", flush=True)
     return Load(
         found["bytes"] / seconds,
-        found["requests"] / seconds,
-        cpu / (found["requests"] or 1),
+        requests / seconds,
+        cpu / (requests or 1),
         cpu / (found["bytes"] or 1),
         cpu / seconds,
         found["errors"],
@@ -158,7 +160,7 @@ def measure(
         [
             name,
             load.rate / MiB,
-            round(load.requests),
+            load.requests,
             load.cpu_per_request * 1e6,
             load.cpu_per_byte * GiB,
             round(100 * load.busy),
@@ -203,7 +205,7 @@ def hot(
                 report,
                 f"Hot, {in_words(size)}, {connections} connections, {by}",
                 servers,
-                lambda server, c=client, n=connections: under_load(server, c, n),
+                lambda server, c=client, n=connections, s=size: under_load(server, c, n, s),
                 rounds,
             )
         path.unlink()
@@ -230,10 +232,14 @@ def cold(
         for connections in report.pick((1, 8), (8,), (2,)):
 
             def side(
-                server: Server, paths: Any = paths, client: Any = client, n: int = connections
+                server: Server,
+                paths: Any = paths,
+                client: Any = client,
+                n: int = connections,
+                size: int = size,
             ) -> Load:
                 drop(paths)
-                return under_load(server, client, n)
+                return under_load(server, client, n, size)
 
             title = f"Cold, {number} files of {in_words(size)}, {connections} connections"
             measure(report, title, servers, side, rounds)
