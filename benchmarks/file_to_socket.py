@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -55,10 +55,31 @@ def main() -> None:
     place = os.environ.get("TMPDIR", "/var/tmp")
     with contextlib.ExitStack() as stack:
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=place)))
-        sock = stack.enter_context(dropping_peer())
+        sock = stack.enter_context(peer_on_another_core(report))
         small_files(report, sock, directory / "small")
         all_sizes(report, sock, directory)
     report.close()
+
+
+@contextlib.contextmanager
+def peer_on_another_core(report: Report) -> Iterator[Any]:
+    """Start the receiver on one core and stay on another.
+
+    Left to the scheduler, the same call took from 0.14 to 0.43 CPU seconds per GiB, by whether the
+    two shared a core.
+    """
+    all_cpus = os.sched_getaffinity(0)
+    ours, *others = sorted(all_cpus)
+    try:
+        if others:
+            os.sched_setaffinity(0, others[:1])
+        else:
+            report.leave_out("a core for the receiver alone", "there is one only")
+        with dropping_peer() as sock:
+            os.sched_setaffinity(0, [ours])
+            yield sock
+    finally:
+        os.sched_setaffinity(0, all_cpus)
 
 
 def all_sizes(report: Report, sock: Any, directory: Path) -> None:
