@@ -26,13 +26,13 @@ if sys.platform == "linux":
         fcntl,
         ioctl,
     )
-    from socket import AF_UNIX
+    from socket import AF_UNIX, MSG_MORE
     from termios import FIONREAD
 
     SPLICE_FLAGS: Final = os.SPLICE_F_MOVE | os.SPLICE_F_NONBLOCK
 else:
     F_OFD_GETLK = F_UNLCK = F_WRLCK = 0
-    F_GETFL = F_GETPIPE_SZ = F_SETPIPE_SZ = FIONREAD = SPLICE_FLAGS = 0
+    F_GETFL = F_GETPIPE_SZ = F_SETPIPE_SZ = FIONREAD = MSG_MORE = SPLICE_FLAGS = 0
     AF_UNIX = fcntl = ioctl = None
 
 #: preadv(2), Linux 4.14: fail with EAGAIN instead of waiting for a disk.
@@ -51,6 +51,7 @@ __all__ = [
     "F_UNLCK",
     "F_WRLCK",
     "LINUX",
+    "MSG_MORE",
     "RWF_NOWAIT",
     "SPLICE_FLAGS",
     "fcntl",

@@ -6,22 +6,19 @@ gevent.pywsgi is not imported from here: it imports ssl, which must wait until
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import sys
-from socket import IPPROTO_TCP
+from socket import IPPROTO_TCP, TCP_NODELAY
 from types import SimpleNamespace
 from typing import Any
 
-from ._linux import AF_UNIX
+from ._linux import AF_UNIX, MSG_MORE
 from ._stats import counters
 from ._wsgi_files import Part, find
 from .config import SMALL
 from .endpoints import File, Socket
 from .recognise import NotOurs, regular_file, stream_socket
 from .transfer import Transfer, move, read
-
-_TCP_CORK = 3  # tcp(7), Linux 2.2
 
 #: Errors of a read(2), not of a socket.
 _DISK_ERRORS = frozenset({errno.EIO, errno.ESTALE})
@@ -220,6 +217,10 @@ class _FileResponse:
     def send(self) -> None:
         """Send headers and body so that a small response is one segment.
 
+        From then on the connection has ``TCP_NODELAY``: else the last piece of a file would wait
+        for an acknowledgement of those before, and 1 MiB take half as much CPU time again
+        (benchmarks/servers.py).
+
         On exit the body is sent as far as the file went; if that is short of the declared
         length, the connection will be closed, since the client can't tell otherwise where the next
         response starts. Lets out what sending and reading raise; errors of the socket are noted in
@@ -229,23 +230,31 @@ class _FileResponse:
         head = handler.command == "HEAD"
         transfer = Transfer(0 if head else self._length)
         first = b"" if head else self._first
+        if handler.socket.family != AF_UNIX:
+            handler.socket.setsockopt(IPPROTO_TCP, TCP_NODELAY, 1)
         if first:
             self._write_together(first)
             transfer.moved(len(first), "bytes_copied")
             if transfer.room(1):
                 self._send_rest(transfer)
         elif transfer.room(1):
-            self._send_corked(transfer)
+            self._send_headers()
+            self._send_rest(transfer)
         else:
             handler.write(b"")  # the headers alone
         if not head and transfer.delivered < self._declared:
             handler.close_connection = True
 
     def _write_together(self, first: bytes) -> None:
-        """Write headers and *first* with one send, as fast as pywsgi without ``TCP_CORK``.
+        """Write headers and *first* with one send.
 
         Lets out what the handler's own write() raises.
         """
+        pieces = self._collect(first)
+        self._handler._sendall(b"".join(pieces))
+
+    def _collect(self, first: bytes) -> list[bytes]:
+        """Return what the handler's own write() would send for headers and *first*."""
         handler = self._handler
         pieces: list[bytes] = []
         handler._sendall = pieces.append
@@ -253,21 +262,22 @@ class _FileResponse:
             handler.write(first)
         finally:
             del handler._sendall
-        handler._sendall(b"".join(pieces))
+        return pieces
 
-    def _send_corked(self, transfer: Transfer) -> None:
-        """Send headers and file, so that the first segment has some of both."""
+    def _send_headers(self) -> None:
+        """Send the headers, to be in one segment with what comes next.
+
+        If nothing comes, the connection will be closed, which sends them.
+        """
         handler = self._handler
-        tcp = handler.socket.family != AF_UNIX
-        if tcp:
-            handler.socket.setsockopt(IPPROTO_TCP, _TCP_CORK, 1)
-        try:
-            handler.write(b"")
-            self._send_rest(transfer)
-        finally:
-            if tcp:
-                with contextlib.suppress(OSError):  # closed meanwhile
-                    handler.socket.setsockopt(IPPROTO_TCP, _TCP_CORK, 0)
+        pieces = self._collect(b"")
+        for piece in pieces:
+            try:
+                handler.socket.sendall(piece, MSG_MORE)
+            except OSError as err:
+                self._note(err)
+                raise
+            handler.response_length += len(piece)
 
     def _send_rest(self, transfer: Transfer) -> None:
         handler = self._handler
@@ -277,9 +287,14 @@ class _FileResponse:
         except OSError as err:
             if err.errno in _DISK_ERRORS:
                 raise
-            handler.status = f"socket error: {err}"
-            if handler.code > 0:
-                handler.code = -handler.code
+            self._note(err)
             raise
         finally:
             handler.response_length += transfer.delivered - before
+
+    def _note(self, err: OSError) -> None:
+        """Have the handler know of an error of its socket, as its own sends do."""
+        handler = self._handler
+        handler.status = f"socket error: {err}"
+        if handler.code > 0:
+            handler.code = -handler.code

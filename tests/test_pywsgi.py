@@ -293,32 +293,48 @@ def test_the_access_log_counts_the_bytes(serve: Any, tmp_path: Path) -> None:
     assert logs[0] == logs[1]
 
 
-def test_a_small_response_is_one_segment(serve: Any, tmp_path: Path) -> None:
-    """The client asks TCP how many segments with data it has received."""
-    path = file_of(tmp_path / "f", 1000)
-    server = serve(file_app(path))
+def segments(server: Any, size: int) -> int:
+    """Return how many segments with data a client has received when it has *size* bytes of body."""
     with server.connect() as sock:
         sock.sendall(request(close=False).encode())
         received = b""
-        while not received.endswith(path.read_bytes()):
+        while len(received.partition(b"\r\n\r\n")[2]) < size:
             received += sock.recv(65536)
         info = sock.getsockopt(gevent.socket.IPPROTO_TCP, 11, 232)  # TCP_INFO, tcpi_data_segs_in
-    assert int.from_bytes(info[152:156], sys.byteorder) == 1
+        return int.from_bytes(info[152:156], sys.byteorder)
 
 
-def test_the_cork_is_taken_out_however_it_ends(serve: Any, tmp_path: Path) -> None:
-    """A kept-alive connection answers the second request, whatever the first one was."""
-    corks = []
-    path = file_of(tmp_path / "f", BIG)
-    plain = file_app(path, ("Content-Length", str(BIG)))
+@pytest.mark.parametrize("size", [1000, 100_000])
+def test_headers_and_file_share_a_segment(serve: Any, tmp_path: Path, size: int) -> None:
+    """pywsgi sends the headers first, and what it was given then."""
+    path = file_of(tmp_path / "f", size)
+    length = ("Content-Length", str(size))
+
+    def all_at_once(environ: dict[str, Any], start_response: Callable[..., Any]) -> list[bytes]:
+        start_response("200 OK", [length])
+        return [path.read_bytes()]
+
+    ours = segments(serve(file_app(path, length)), size)
+    assert ours == segments(serve(all_at_once), size) - 1
+
+
+@pytest.mark.parametrize("size", [1000, BIG])
+def test_the_end_of_a_file_waits_for_no_acknowledgement(
+    serve: Any, tmp_path: Path, size: int
+) -> None:
+    """A kept-alive connection answers the next request, whatever the one before was."""
+    undelayed = []
+    path = file_of(tmp_path / "f", size)
+    plain = file_app(path, ("Content-Length", str(size)))
 
     def app(environ: dict[str, Any], start_response: Callable[..., Any]) -> Any:
         sock = environ["wsgi.input"].rfile.raw._sock
-        corks.append(sock.getsockopt(gevent.socket.IPPROTO_TCP, gevent.socket.TCP_CORK))
+        for option in (gevent.socket.TCP_NODELAY, gevent.socket.TCP_CORK):
+            undelayed.append(bool(sock.getsockopt(gevent.socket.IPPROTO_TCP, option)))
         return plain(environ, start_response)
 
     serve(app).ask(request(close=False), request("HEAD", close=False), request())
-    assert corks == [0, 0, 0]
+    assert undelayed == [False, False, True, False, True, False]
 
 
 def test_a_handler_that_overrides_the_way_out_sees_every_byte(serve: Any, tmp_path: Path) -> None:
