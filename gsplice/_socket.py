@@ -12,7 +12,7 @@ from gevent.socket import socket as GeventSocket
 
 from ._linux import RWF_NOWAIT
 from ._stats import counters
-from .config import TINY, settings
+from .config import SMALL, settings
 from .recognise import NotOurs, overrides_nothing, regular_file, stream_socket
 from .transfer import Transfer, file_to_socket, move, through_memory
 
@@ -65,8 +65,8 @@ def _send(sock: Any, file: Any, offset: int, count: int | None, sent: int = 0) -
 def _send_small(sock: Any, file: Any, offset: int, count: int | None) -> int | None:
     """Send all of a small resident file by two reads and one send, as fast as gevent's sendfile.
 
-    Without this short cut a file of a few KiB takes twice as long, most of it to recognise the two
-    ends (benchmarks/file_to_socket.py). None: it is not that simple, and nothing has moved.
+    Without this short cut a small file takes two to three times as long, most of it to recognise
+    the two ends (benchmarks/file_to_socket.py). None: it is not that simple, and nothing has moved.
     Lets out the errors of send(), with the file where sending was to begin.
     """
     if (
@@ -86,7 +86,7 @@ def _send_small(sock: Any, file: Any, offset: int, count: int | None) -> int | N
     if type(raw) is not FileIO or raw.closed or not overrides_nothing(raw):
         return None
     fd = raw.fileno()
-    buffer = _buffers.pop() if _buffers else bytearray(TINY + 1)
+    buffer = _buffers.pop() if _buffers else bytearray(SMALL + 1)
     try:
         try:
             stands = file.tell()
@@ -96,7 +96,7 @@ def _send_small(sock: Any, file: Any, offset: int, count: int | None) -> int | N
             number = os.preadv(fd, (buffer,), position, RWF_NOWAIT)
             if count is not None and count <= number:
                 number = count
-            elif not 0 < number <= TINY or os.preadv(fd, _ONE_BYTE, position + number, RWF_NOWAIT):
+            elif not 0 < number <= SMALL or os.preadv(fd, _ONE_BYTE, position + number, RWF_NOWAIT):
                 return None  # it is not at its end after so little
         except OSError:  # not resident, or not a file that can tell
             return None

@@ -79,15 +79,13 @@ SHORT_FILLS: Final = 2
 LULL: Final = 128 * KiB
 
 #: A file with no more than this left goes by one read and one send: they cost less than sendfile(2)
-#: up to 100 KiB or so (benchmarks/file_to_socket.py), and nothing about them can surprise.
+#: up to 100 KiB or so (benchmarks/file_to_socket.py), and nothing about them can surprise. A plain
+#: sendfile() reads so much without asking first how big the file is.
 SMALL: Final = 64 * KiB
 
 #: The largest body of an HTTP response, by its length, that its own read() gets: to a file in
 #: memory this is where splice begins to cost less (benchmarks/download.py).
 SMALL_BODY: Final = 1 * MiB
-
-#: sendfile() reads so much without asking first how big the file is.
-TINY: Final = 16 * KiB
 
 #: Most bytes of a file that a thread puts into a pipe at once, while as many more are read ahead.
 #: More makes the first byte, and whoever queues for the thread, wait longer.
