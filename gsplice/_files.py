@@ -80,7 +80,10 @@ def _send_cold(transfer: Transfer, src: File, dst: Socket, asked: int) -> _Step:
         pipe.pending = pipes.UNKNOWN
         filled = transfer.on_thread((src,), _fill, pipe, src.offset, asked, ahead, loans=(pipe,))
         if isinstance(filled, OSError):
-            return _step(filled)
+            try:
+                return _step(filled)
+            finally:
+                del filled
         step = _Step.ENDED
         while pipe.pending:
             try:
@@ -100,7 +103,10 @@ def _step(err: OSError) -> _Step:
         return _Step.FULL
     if err.errno in REFUSALS:
         return _Step.REFUSED
-    raise err
+    try:
+        raise err
+    finally:
+        del err
 
 
 def _sent(transfer: Transfer, src: File, number: int, counter: str) -> _Step:

@@ -83,8 +83,11 @@ class Urllib3Body(ClientBody):
 
     def failed(self, err: OSError) -> NoReturn:
         """Raise what urllib3 makes of *err*, an error of the socket."""
-        with self._outer._error_catcher():
-            raise err
+        try:
+            with self._outer._error_catcher():
+                raise err
+        finally:
+            del err
         raise AssertionError  # the catcher lets every error out
 
     def leave_source(self) -> None:

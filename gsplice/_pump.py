@@ -39,11 +39,18 @@ def pump(transfer: Transfer, pipe: pipes.Pipe, src: Socket, dst: File) -> bool:
             write_out(transfer, pipe, dst)
             return False
         else:
-            raise result
+            try:
+                raise result
+            finally:
+                del result
         if tap.error is not None:
             if tap.error.errno in REFUSALS:
                 return False
-            src.failed(tap.error)
+            error, tap.error = tap.error, None
+            try:
+                src.failed(error)
+            finally:
+                del error
     return True
 
 

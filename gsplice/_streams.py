@@ -29,9 +29,12 @@ def directly(transfer: Transfer, src: Socket | Pipe, dst: Endpoint) -> str | Non
         if isinstance(result, OSError) and not isinstance(result, BlockingIOError):
             if result.errno in REFUSALS:
                 return "refused"
-            if result.errno != errno.EPIPE:  # that one is the destination's
-                src.failed(result)
-            raise result
+            try:
+                if result.errno != errno.EPIPE:  # that one is the destination's
+                    src.failed(result)
+                raise result
+            finally:
+                del result
         number = result if isinstance(result, int) else None
         if number:
             src.took(number)
@@ -62,7 +65,7 @@ def _splice(transfer: Transfer, src: Socket | Pipe, dst: Endpoint, asked: int) -
     try:
         return os.splice(src.fileno(), dst.fileno(), asked, flags=SPLICE_FLAGS)
     except OSError as err:
-        return err
+        return err.with_traceback(None)  # whose frame leads to the caller's, which has it
 
 
 def _splice_to(src_fd: int, dst_fd: int, position: int, asked: int) -> int:

@@ -156,7 +156,10 @@ def read(transfer: Transfer, src: File, offset: int, asked: int) -> bytes:
     if data is None:
         result = transfer.on_thread((src,), os.pread, asked, offset)
         if isinstance(result, OSError):
-            raise result
+            try:
+                raise result
+            finally:
+                del result
         data = result
     return data
 
@@ -177,7 +180,10 @@ def write(transfer: Transfer, dst: Endpoint, data: bytes, src: Endpoint | None =
                     transfer, dst, len(piece), (), _write_at, piece, promised=promised
                 )
                 if isinstance(result, OSError):
-                    raise result
+                    try:
+                        raise result
+                    finally:
+                        del result
                 written = result
             else:
                 written = dst.write_some(piece)

@@ -100,8 +100,11 @@ class GunicornBody(Body):
 
     def failed(self, err: OSError) -> NoReturn:
         """Raise *err*, which the descriptor has given to whoever read from it."""
-        with self._noting():
-            raise err
+        try:
+            with self._noting():
+                raise err
+        finally:
+            del err
         raise AssertionError  # it lets every error out
 
     @contextlib.contextmanager
@@ -168,8 +171,11 @@ class LimitedBody(Body):
 
     def failed(self, err: OSError) -> NoReturn:
         """Raise what the stream makes of *err*, an error of the socket."""
-        with self._errors():
-            self._inner.failed(err)
+        try:
+            with self._errors():
+                self._inner.failed(err)
+        finally:
+            del err
         raise AssertionError  # it makes an error of every error
 
     def leave_source(self) -> None:

@@ -173,7 +173,10 @@ class _Stream:
 
     def failed(self, err: OSError) -> NoReturn:
         """Raise *err*, which the descriptor has given to whoever read from it."""
-        raise err
+        try:
+            raise err
+        finally:
+            del err
 
     def read_ahead(self, most: int | None) -> bytes:
         """Take what the object has read ahead, *most* bytes of it. Neither reads nor waits."""

@@ -282,6 +282,8 @@ def wrong(kind: Kind, said: dict[str, Any], fault: Fault) -> str | None:
     data, arrived = said["data"], kind.body(said["arrived"])
     if not data.startswith(arrived):
         return f"not a prefix of what was sent: {digest(arrived)}"
+    if said["cycles"]:
+        return f"{said['cycles']} hold on to what the transfer used"
     if said["in_use"] or said["leaked"] > 0:
         return f"pipes in use: {said['in_use']}, descriptors leaked: {said['leaked']}"
     if said["next"] != "right":

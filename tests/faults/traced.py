@@ -12,6 +12,7 @@ from __future__ import annotations
 import array
 import contextlib
 import ctypes
+import gc
 import json
 import os
 import signal
@@ -56,6 +57,8 @@ def transfer(request: dict[str, Any], fds: list[int]) -> dict[str, Any]:
     said: dict[str, Any] = {"result": None, "failed": None}
     if "fcntl" in request:  # by the shim
         ctypes.CDLL(None).fault_arm(*request["fcntl"])
+    gc.collect()
+    gc.set_debug(gc.DEBUG_SAVEALL)
     os.getppid()  # a mark in the trace: from here on, the system calls are the transfer's
     try:
         said["result"] = kind.run(src, dst)
@@ -63,6 +66,11 @@ def transfer(request: dict[str, Any], fds: list[int]) -> dict[str, Any]:
         said["failed"] = err.errno or repr(err)
         if hasattr(err, "relayed"):
             said["result"] = err.relayed.a_to_b
+    # One in a cycle with its frames holds on to the objects, so a file would stay open.
+    gc.collect()
+    said["cycles"] = [repr(each) for each in gc.garbage if isinstance(each, OSError)]
+    gc.set_debug(0)
+    gc.garbage.clear()
     if kind.positions:
         said["position"] = src.tell() if kind.source == "file" else None
         said["written"] = dst.tell() if kind.sink == "file" else None
