@@ -98,7 +98,7 @@ class Transfer:
         try:
             for end, fd in zip(ends, fds, strict=True):
                 if end not in owned:
-                    owned[end] = offload.Descriptor(fd)
+                    owned[end] = offload.duplicate(fd)
         except OSError:
             return None
         return [owned[end] for end in ends]
@@ -119,8 +119,11 @@ class Transfer:
         """Let other greenlets run when PIECE bytes have moved since they last could."""
         if self._since_switch >= PIECE:
             self._since_switch = 0
-            if offload.hub_to_serve() is not None:
-                gevent.sleep(0)
+            hub = offload.hub_to_serve()
+            if hub is not None:
+                # Not sleep(0): gevent runs that dozens of times between two looks for events.
+                with hub.loop.timer(0.0) as timer:
+                    hub.wait(timer)
                 self.check_process()
 
     def leave(self, src: Endpoint, dst: Endpoint) -> None:

@@ -18,13 +18,18 @@ from ends import GUARD, Ends, KiB, MiB, is_waited_for, until
 import gsplice
 
 HOT = 256 * MiB
-MOST_BETWEEN_TURNS = 8 * MiB
+MOST_BETWEEN_TURNS = 12 * MiB
 
 
 class Others:
-    """A greenlet that takes every turn it can get, and how many bytes moved between its turns."""
+    """A greenlet that takes every turn it can get, and how many bytes moved between its turns.
 
-    def __init__(self) -> None:
+    It either is always ready, or waits for a byte, of which one comes with the next piece.
+    """
+
+    def __init__(self, waits: bool) -> None:
+        self.ours, self._theirs = gevent.socket.socketpair()
+        self._waits = waits
         self.turns = 0
         self.longest = 0
         self.since_turn = 0
@@ -35,22 +40,32 @@ class Others:
             self.turns += 1
             self.longest = max(self.longest, self.since_turn)
             self.since_turn = 0
-            gevent.sleep(0)
+            if self._waits:
+                self.ours.recv(1 << 16)
+            else:
+                gevent.sleep(0)
 
     def moved(self, number: int) -> None:
+        if self._waits and not self.since_turn:
+            self._theirs._sock.send(b"x")
         self.since_turn += number
         self.longest = max(self.longest, self.since_turn)
+
+    def close(self) -> None:
+        self.ours.close()
+        self._theirs.close()
 
     def check(self) -> None:
         assert self.longest <= MOST_BETWEEN_TURNS
         assert self.turns >= HOT // MOST_BETWEEN_TURNS
 
 
-@pytest.fixture
-def others() -> Iterator[Others]:
-    made = Others()
+@pytest.fixture(params=["always ready", "waits"])
+def others(request: pytest.FixtureRequest) -> Iterator[Others]:
+    made = Others(request.param == "waits")
     yield made
     made.greenlet.kill()
+    made.close()
 
 
 def drain(peer: Any) -> None:
