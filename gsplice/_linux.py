@@ -6,6 +6,7 @@ while to import, is imported when the first of them is asked.
 
 from __future__ import annotations
 
+import errno
 import functools
 import os
 import sys
@@ -39,7 +40,7 @@ else:
 RWF_NOWAIT: Final[int] = getattr(os, "RWF_NOWAIT", 0)
 
 _PAGE: Final = os.sysconf("SC_PAGE_SIZE") if LINUX else 4096
-_PROT_NONE, _MAP_SHARED = 0, 1
+_PROT_NONE, _PROT_READ, _MAP_SHARED = 0, 1, 1
 
 __all__ = [
     "AF_UNIX",
@@ -54,6 +55,7 @@ __all__ = [
     "MSG_MORE",
     "RWF_NOWAIT",
     "SPLICE_FLAGS",
+    "can_be_mapped",
     "fcntl",
     "filesystem_type",
     "in_core",
@@ -72,7 +74,7 @@ def in_forked_child(handler: Callable[[], Any]) -> None:
 def _libc() -> Any:
     import ctypes
 
-    libc = ctypes.CDLL(None)
+    libc = ctypes.CDLL(None, use_errno=True)
     libc.mmap.restype = ctypes.c_void_p
     libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
     libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
@@ -89,6 +91,20 @@ def filesystem_type(fd: int) -> int | None:
         return int(answer[0]) & 0xFFFFFFFF if _libc().fstatfs(fd, answer) == 0 else None
     except (ImportError, OSError, AttributeError):
         return None
+
+
+def can_be_mapped(fd: int) -> bool:
+    """Say whether mmap(2) does not refuse *fd* with ENODEV. May wait for the filesystem.
+
+    mmap.mmap() would duplicate *fd*, and closing that drops the process's locks (fcntl(2)).
+    """
+    import ctypes
+
+    address = _libc().mmap(None, 1, _PROT_READ, _MAP_SHARED, fd, 0)
+    if address in (None, ctypes.c_void_p(-1).value):
+        return ctypes.get_errno() != errno.ENODEV
+    _libc().munmap(address, 1)
+    return True
 
 
 def in_core(fd: int, offset: int, length: int) -> bool:

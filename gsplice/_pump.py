@@ -131,7 +131,8 @@ class _Tap:
                 return 0
             try:
                 # Held no longer than this takes: else a close would not reach the peer meanwhile.
-                own = Descriptor(self._src.fileno())
+                # Not what a body makes of its errors: that is its greenlet's business.
+                own = Descriptor(Socket.fileno(self._src))
             except (OSError, ValueError):  # closed
                 return 0
             try:

@@ -94,9 +94,11 @@ def _send_small(sock: Any, file: Any, offset: int, count: int | None) -> int | N
                 return None  # there is something in its buffer
             position = offset or stands
             number = os.preadv(fd, (buffer,), position, RWF_NOWAIT)
-            if count is not None and count <= number:
-                number = count
-            elif not 0 < number <= SMALL or os.preadv(fd, _ONE_BYTE, position + number, RWF_NOWAIT):
+            if count is not None:
+                number = min(number, count)
+            if not 0 < number <= SMALL:
+                return None
+            if number != count and os.preadv(fd, _ONE_BYTE, position + number, RWF_NOWAIT):
                 return None  # it is not at its end after so little
         except OSError:  # not resident, or not a file that can tell
             return None

@@ -250,7 +250,7 @@ class Socket(_Stream):
     def wait_read(self) -> None:
         """Wait as recv() would, with the socket's own watcher and timeout."""
         try:
-            self.sock._wait(self.sock._read_event)
+            self._wait("_read_event")
         except TimeoutError:
             if self.raw is not None:
                 self.raw._timeout_occurred = True  # as SocketIO.readinto does: no further reads
@@ -258,7 +258,15 @@ class Socket(_Stream):
 
     def wait_write(self) -> None:
         """Wait as send() would, with the socket's own watcher and timeout."""
-        self.sock._wait(self.sock._write_event)
+        self._wait("_write_event")
+
+    def _wait(self, name: str) -> None:
+        """Wait for the watcher of that *name*. A closed socket is an error as it is to a call."""
+        Socket.fileno(self)  # raises ValueError: it may have been closed since the last call
+        watcher = getattr(self.sock, name)
+        if watcher is None:
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+        self.sock._wait(watcher)
 
 
 class Pipe(_Stream):

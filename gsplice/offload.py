@@ -22,7 +22,7 @@ from gevent.lock import Semaphore
 from gevent.monkey import get_original
 from greenlet import getcurrent
 
-from ._linux import F_OFD_GETLK, F_UNLCK, F_WRLCK, fcntl, in_forked_child
+from ._linux import F_GETFL, F_OFD_GETLK, F_UNLCK, F_WRLCK, fcntl, in_forked_child
 from ._stats import counters
 from .config import settings
 
@@ -121,6 +121,24 @@ class Descriptor:
                 _close(fd)
 
     __del__ = drop
+
+
+def duplicate(fd: int) -> Descriptor:
+    """Return a duplicate of *fd*, or one of the same file that had to be kept."""
+    if _kept:
+        file = _file(fd)
+        for each in [*_kept]:
+            if each.fd >= 0 and _file(each.fd) == file:
+                with contextlib.suppress(ValueError):  # another thread has just taken it
+                    _kept.remove(each)
+                    each.lent = False
+                    return each
+    return Descriptor(fd)
+
+
+def _file(fd: int) -> tuple[int, int, int]:
+    status = os.fstat(fd)
+    return status.st_dev, status.st_ino, fcntl(fd, F_GETFL)
 
 
 def _is_locked(fd: int) -> bool:

@@ -19,14 +19,13 @@ thread without asking, as what the kernel reads ahead is soon resident in part.
 from __future__ import annotations
 
 import errno
-import mmap
 import os
 import random
 import time
 from collections.abc import Callable
 from typing import Any, Final
 
-from ._linux import RWF_NOWAIT, filesystem_type, in_core
+from ._linux import RWF_NOWAIT, can_be_mapped, filesystem_type, in_core
 from .config import (
     BELIEVED,
     BIG_WRITE,
@@ -185,13 +184,8 @@ def refuse_uncached(fd: int) -> None:
     """
     if filesystem_type(fd) != _FUSE:
         return
-    try:
-        mmap.mmap(fd, 1, mmap.MAP_SHARED, mmap.PROT_READ).close()
-    except ValueError:  # it is empty
-        pass
-    except OSError as err:
-        if err.errno == errno.ENODEV:
-            raise OSError(errno.EOPNOTSUPP, "the file must not be cached") from None
+    if not can_be_mapped(fd):
+        raise OSError(errno.EOPNOTSUPP, "the file must not be cached")
 
 
 def read_resident(fd: int, offset: int, size: int) -> bytes | None:

@@ -1265,6 +1265,46 @@ def test_a_lock_outlives_a_copy(tmp_path: Path, end: str) -> None:
     assert not offload._kept
 
 
+@pytest.mark.parametrize("times", [1, 3])
+def test_a_locked_file_costs_one_descriptor_however_often_it_is_copied(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, times: int
+) -> None:
+    path = file_of(tmp_path / "from", 300 * KiB)
+    monkeypatch.setattr(settings, "offload", "always")
+    with path.open("rb+") as src, counting() as grown:
+        lockf(src, LOCK_EX)
+        for _ in range(times):
+            src.seek(0)
+            with Ends(tmp_path) as ends:
+                sock, finish = ends.sink("bare_unix")
+                assert sock.sendfile(src) == 300 * KiB
+                assert digest(finish()) == digest(some_bytes(300 * KiB))
+        until(lambda: len(offload._kept) == 1)
+    assert grown.offloads >= times
+
+
+def test_a_lock_outlives_a_read_of_a_fuse_file(tmp_path: Path) -> None:
+    """mmap.mmap() makes a duplicate, too, and closes it."""
+    size = 300 * KiB
+    with SlowFS(tmp_path) as slow:
+        file_of(slow.directory / "file", size)
+        with (slow.mount / "file").open("rb+") as src, counting() as grown, Ends(tmp_path) as ends:
+            lockf(src, LOCK_EX)
+            sock, finish = ends.sink("bare_unix")
+            assert sock.sendfile(src) == size
+            assert digest(finish()) == digest(some_bytes(size))
+            other = "import fcntl, sys; fcntl.lockf(open(sys.argv[1], 'rb+'), 6)"
+            refused = subprocess.run([sys.executable, "-c", other, src.name], capture_output=True)
+            assert b"BlockingIOError" in refused.stderr
+        with (slow.mount / "file").open("rb") as src, Ends(tmp_path) as ends:
+            sock, finish = ends.sink("bare_unix")
+            assert sock.sendfile(src) == size  # closes what was kept
+            finish()
+            threads_done()
+    assert grown.offloads > 0
+    assert grown.bytes_spliced == size
+
+
 def test_what_must_not_be_cached_is_read_anew(tmp_path: Path) -> None:
     size = 300 * KiB
     with SlowFS(tmp_path, "--direct-io") as slow:

@@ -246,6 +246,28 @@ def test_the_number_of_a_closed_socket_is_anothers(tmp_path: Path) -> None:
         assert other.recv(100) == b"not for them"
 
 
+def test_a_thread_leaves_a_closed_body_to_its_greenlet(tmp_path: Path) -> None:
+    """What a library makes of the error has no business on a thread."""
+
+    class Closing(Socket):
+        def fileno(self) -> int:
+            threads.append(get_original("_thread", "get_ident")())
+            return super().fileno()
+
+    threads: list[int] = []
+    with Ends(tmp_path) as ends:
+        sock, _ = ends.connect("unix")
+        raw = sock.makefile("rb", buffering=0)
+        tap = _Tap(Closing(raw, raw, sock), 100)
+        raw.close()
+        threads.clear()
+        pipe = gsplice.pipes.acquire()
+        assert pipe is not None
+        assert tap.fill(pipe) == tap.taken == 0
+        gsplice.pipes.release(pipe)
+    assert not threads
+
+
 @pytest.mark.usefixtures("quiet")
 def test_a_connection_that_is_reset(slow: SlowFS, tmp_path: Path) -> None:
     with counting() as grown, Held(tmp_path, slow, kind="tcp") as held:

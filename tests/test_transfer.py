@@ -820,6 +820,26 @@ def test_a_destination_closed_while_the_source_is_waited_for(ends: Ends) -> None
     assert results[0] == results[1] == (ValueError, None)
 
 
+@pytest.mark.parametrize("end", ["file", "socket"])
+def test_a_socket_closed_while_a_pipe_is_waited_for(ends: Ends, end: str) -> None:
+    """Neither end has been asked since when the bytes come."""
+    results = []
+    for copy in [*COPIES, lambda src, dst: gsplice.copy(src, dst)]:
+        if end == "socket" and copy in COPIES:
+            continue  # knows file objects only
+        src, feeder = ends.pipe(buffering=0)
+        sock, _ = ends.connect()
+        dst = sock.makefile("wb", buffering=0) if end == "file" else sock
+        copying = ends.spawn(outcome, copy, src, dst)
+        gevent.sleep(0)  # it runs until it waits for the pipe
+        dst.close()
+        sock.close()
+        feeder.write(b"more")
+        feeder.close()
+        results.append(copying.get(timeout=GUARD))
+    assert set(results) == {(ValueError, None) if end == "file" else (OSError, errno.EBADF)}
+
+
 def test_a_timed_out_socket_file_refuses_reads_as_unpatched(ends: Ends) -> None:
     for copy in COPIES:
         sock, _ = ends.connect()
