@@ -172,6 +172,7 @@ def _open(path: str, mode: int, stack: ExitStack) -> tuple[int | None, str | Non
         return stack.enter_context(_trials.written_in(path)), path
     except OSError:  # read-only, not ours, full, or no such filesystem
         pass
+    os.scandir(path).close()  # walk() says nothing of an error
     there = (os.path.join(where, name) for where, _, names in os.walk(path) for name in names)
     for candidate in itertools.islice(there, _MOST_NAMES):
         with contextlib.suppress(OSError):  # not to be read
@@ -271,7 +272,11 @@ def _pipe_room(soft: int, hard: int, exempt: bool) -> Finding:
         used += capacity
         steps[capacity] = steps.get(capacity, 0) + 1
     each = ", ".join(f"{count} of {_bytes(capacity)}" for capacity, count in steps.items())
-    limit = "no limit for this user" if room is None else f"of {_bytes(room)} for this user"
+    limit = "no limit for this user"
+    if room is not None:
+        limit = f"of {_bytes(room)} for this user, whose other programs may hold some"
+    if not number:
+        each = "GSPLICE_MAX_PIPES=0" if not settings.max_pipes else "none fits"
     found = (
         f"{number} transfers at a time can have a pipe ({each}: together {_bytes(used)}, {limit}; "
         f"pipe-user-pages-soft {soft}, -hard {hard}); a file in the page cache needs none to get "
@@ -352,8 +357,10 @@ def _patching() -> Iterator[Finding]:
 
 
 def _transfer() -> Finding:
-    """Send a file to a socket the way a server does, and ask the counters which way it went."""
-    before = stats()
+    """Send a file to a socket the way a server does, and ask the counters which way it went.
+
+    Twice: with the first a thread learns of which type the filesystem is.
+    """
     with closing(gevent.socket.socket()) as listener:
         listener.bind(("127.0.0.1", 0))
         listener.listen()
@@ -361,11 +368,13 @@ def _transfer() -> Finding:
             near, _ = listener.accept()
             with closing(near), os.fdopen(os.memfd_create("gsplice"), "w+b") as file:
                 file.write(bytes(MiB))
-                file.seek(0)
                 receiving = gevent.spawn(_receive, far)
-                near.sendfile(file)
+                for _ in range(2):
+                    before = stats()
+                    file.seek(0)
+                    near.sendfile(file)
                 near.shutdown(gevent.socket.SHUT_WR)
-                received = receiving.get()
+                received = receiving.get() - MiB
     after = stats()
     sent, spliced = (
         getattr(after, name) - getattr(before, name) for name in ("bytes_sendfile", "bytes_spliced")

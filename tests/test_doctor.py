@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +114,20 @@ def test_fuse_that_wants_to_be_asked_each_time(tmp_path: Path) -> None:
         (slow.directory / "file").write_bytes(b"x" * 10_000)
         [subject] = Report([*DOCTOR, str(slow.mount / "file")], 1).attention()
     assert subject.startswith(str(slow.mount)) and subject.endswith(": splice")
+
+
+def test_a_directory_that_may_not_be_read() -> None:
+    with tempfile.TemporaryDirectory() as closed:  # nobody else's
+        run_program(f"""
+import os
+from gsplice import _findings
+[*_findings.examine(["/"])]  # which imports what the user may not be able to read
+os.setgroups([])
+os.setuid(65534)
+finding, = _findings._path({closed!r})
+assert finding.attention
+assert "Permission denied" in finding.found, finding
+""")
 
 
 def test_what_is_no_file_is_not_opened(tmp_path: Path) -> None:

@@ -158,12 +158,21 @@ except SystemExit as err:
     assert run_program(program) == expected
 
 
-@pytest.mark.parametrize("number", ["0", "many"])
-def test_a_number_of_workers_that_makes_no_sense(number: str) -> None:
-    command = [*SERVE, f"--workers={number}"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT)
+@pytest.mark.parametrize(
+    "option",
+    [
+        "--workers=0",
+        "--workers=many",
+        "--port=-1",
+        "--port=65536",
+        "--header-timeout=-1",
+        "--header-timeout=nan",
+    ],
+)
+def test_a_number_that_makes_no_sense(option: str) -> None:
+    done = subprocess.run([*SERVE, option], capture_output=True, text=True, timeout=TIMEOUT)
     assert (done.returncode, done.stdout) == (2, "")
-    assert "--workers" in done.stderr.splitlines()[-1]
+    assert option.partition("=")[0] in done.stderr.splitlines()[-1]
 
 
 def test_all_workers_serve_and_the_figures_are_those_of_all(root: Path) -> None:

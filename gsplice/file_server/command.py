@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import signal
 import socket
@@ -185,4 +186,8 @@ def _parse(argv: list[str] | None, prog: str | None) -> argparse.Namespace:
         parser.error(f"{arguments.directory} is not a directory")
     if not 1 <= arguments.workers <= 256:
         parser.error(f"--workers must be from 1 to 256, not {arguments.workers}")
+    if not 0 <= arguments.port <= 65535:
+        parser.error(f"--port must be from 0 to 65535, not {arguments.port}")
+    if not 0 <= arguments.header_timeout < math.inf:
+        parser.error(f"--header-timeout must be seconds from 0 up, not {arguments.header_timeout}")
     return arguments
