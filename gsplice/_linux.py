@@ -55,6 +55,7 @@ __all__ = [
     "MSG_MORE",
     "RWF_NOWAIT",
     "SPLICE_FLAGS",
+    "around_fork",
     "can_be_mapped",
     "fcntl",
     "filesystem_type",
@@ -68,6 +69,12 @@ def in_forked_child(handler: Callable[[], Any]) -> None:
     """Have *handler* called in every child process that is forked from now on."""
     if hasattr(os, "register_at_fork"):
         os.register_at_fork(after_in_child=handler)
+
+
+def around_fork(before: Callable[[], Any], in_parent: Callable[[], Any]) -> None:
+    """Have both called in every process that forks from now on, before and after it does."""
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(before=before, after_in_parent=in_parent)
 
 
 @functools.cache

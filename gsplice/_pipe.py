@@ -49,6 +49,7 @@ class Pipe:
         "home",
         "lent",
         "pending",
+        "process",
         "read_fd",
         "seen",
         "uses",
@@ -68,6 +69,8 @@ class Pipe:
     home: Home
     #: Whether a thread that is still at work on it will close it.
     lent: bool
+    #: Who made it.
+    process: int
     #: How often it has been acquired, and how often it had been when reclamation last looked.
     uses: int
     seen: int
@@ -79,6 +82,7 @@ class Pipe:
         self.capacity = 0
         self.pending = 0
         self.lent = False
+        self.process = os.getpid()
         self.uses = 1
         self.seen = 0
         alive[key] = weakref.ref(self)

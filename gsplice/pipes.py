@@ -8,6 +8,7 @@ and their reasons are in :mod:`gsplice.config`; the lists and reclamation in :mo
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Callable
 from time import monotonic
 from typing import Any, Final
@@ -15,7 +16,7 @@ from typing import Any, Final
 from gevent.monkey import get_original
 
 from ._idle import Home, Keeper, idle_lists, reclaim, shared
-from ._linux import in_forked_child
+from ._linux import around_fork, in_forked_child
 from ._pipe import IDLE, UNKNOWN, Pipe, alive, closed_uses, keys, make, reserve
 from ._stats import counters
 from .config import REFUSED_PERIOD, settings
@@ -172,16 +173,38 @@ def _census() -> dict[str, int]:
     }
 
 
+#: For each fork under way, the lists and what was taken out of them.
+_aside: Final[list[list[tuple[list[Pipe], list[Pipe]]]]] = []
+
+
+def _before_fork() -> None:
+    """Put idle pipes out of reach: a handler that runs in the child before ours may want one."""
+    _aside.append([])
+    for idle in idle_lists():
+        taken: list[Pipe] = []
+        _aside[-1].append((idle, taken))
+        with contextlib.suppress(IndexError):
+            while True:
+                taken.insert(0, idle.pop())
+
+
+def _after_fork_in_parent() -> None:
+    for idle, taken in _aside.pop():
+        idle[:0] = taken  # what has been released meanwhile is newer
+
+
 def _after_fork_in_child() -> None:
     """Close the parent's pipes, idle or lent: with both at work on one, both lose bytes."""
     global _lock
     _lock = _new_lock()
     for pipe in _open_pipes():
-        pipe.close()
-    alive.clear()
-    for idle in idle_lists():
-        idle.clear()
+        if pipe.process != os.getpid():
+            pipe.close()
+    _aside.clear()
+    for key in [key for key, ref in alive.items() if ref is None or ref() is None]:
+        alive.pop(key, None)
 
 
+around_fork(_before_fork, _after_fork_in_parent)
 in_forked_child(_after_fork_in_child)
 counters.pool = _census

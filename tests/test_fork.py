@@ -163,6 +163,39 @@ assert inode(acquire()) == first
     )
 
 
+def test_a_handler_before_ours_that_wants_a_pipe() -> None:
+    """It may run another greenlet, or let one run; what that gets is its own, and stays so."""
+    run_program(
+        """
+import os
+got = []
+def want():
+    got.append(pipes.acquire())
+    got.append(pipes.acquire())
+    pipes.release(got[1])
+os.register_at_fork(after_in_child=want)
+"""
+        + FORKS["os.fork"]
+        + """
+lent = [acquire() for _ in range(3)]
+mine = {inode(pipe) for pipe in lent}
+last = inode(lent[-1])
+while lent:
+    release(lent.pop(0))
+def child():
+    assert got[0].read_fd >= 0 and inode(got[0]) not in mine
+    assert not mine & open_inodes()
+    assert acquire() is got[1] and inode(got[1]) != inode(got[0])
+    figures = gsplice.stats()
+    assert (figures.pipes_in_use, figures.pipes_idle) == (2, 0), figures
+for _ in range(2):
+    fork(child)
+assert gsplice.stats().pipes_idle == 3
+assert inode(acquire()) == last
+"""
+    )
+
+
 def test_a_pipe_that_another_thread_is_making_does_not_count_in_the_child() -> None:
     run_program(
         FORKS["os.fork"]
