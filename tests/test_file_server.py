@@ -215,10 +215,9 @@ def test_access_log_is_off_unless_asked_for(root: Path) -> None:
     assert '"GET /text.txt HTTP/1.1" 200' in errors  # without it: see the fixture's last line
 
 
-@pytest.mark.parametrize("port", [None, 70_000])
-def test_bad_port_is_said_in_one_line(root: Path, port: int | None) -> None:
+def test_a_port_that_is_taken_is_said_in_one_line(root: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = port or taken.getsockname()[1]
+        port = taken.getsockname()[1]
         result = subprocess.run(
             [sys.executable, str(SCRIPT), "--no-patch", "--port", str(port), str(root)],
             capture_output=True,
