@@ -98,7 +98,7 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> int:
         Handler.timeout = arguments.header_timeout
     try:
         listeners = _listen(arguments.host, arguments.port, arguments.workers)
-    except (OSError, OverflowError) as error:
+    except OSError as error:
         print(f"cannot listen on {arguments.host}:{arguments.port}: {error}", file=sys.stderr)
         return 1
     host = f"[{arguments.host}]" if ":" in arguments.host else arguments.host
@@ -128,7 +128,7 @@ def _listen(host: str, port: int, number: int) -> list[socket.socket]:
     """Return *number* sockets that listen on the same port, among which the kernel shares out.
 
     The process that forks the workers keeps them open, so nothing that has come in for a worker
-    that dies is lost (SO_REUSEPORT in socket(7)). Raises OSError, OverflowError.
+    that dies is lost (SO_REUSEPORT in socket(7)). Raises OSError.
     """
     family = socket.AF_INET6 if ":" in host or not host else socket.AF_INET
     first = _bound(family, host, port)
