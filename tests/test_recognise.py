@@ -24,6 +24,7 @@ import gevent.socket
 import gevent.ssl
 import pytest
 from conftest import counting, receive_all, receiver, some_bytes
+from ends import is_waited_for, until
 from gevent._hub_local import get_hub_if_exists
 from gevent.fileobject import FileObjectPosix
 from gevent.monkey import get_original
@@ -511,7 +512,7 @@ def test_sendfile_when_another_greenlet_closes_it(bench, victim, tcp):
         file = bench.keep(open(bench.path(BIG * 4), "rb"))
         sending = gevent.spawn(function, sender, file)
         peer.recv(1)
-        gevent.idle()  # sendfile waits for room now
+        until(lambda: is_waited_for(sender))
         (sender if victim == "socket" else file).close()
         received = receiver(peer)
         sending.join()
