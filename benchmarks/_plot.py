@@ -117,9 +117,8 @@ def _lines(spec: Spec) -> Figure:
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_locator(FixedLocator(sizes))
     axes.xaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_major_formatter(
-        FuncFormatter(lambda size, _: in_words(round(size)).replace(" ", "\n"))
-    )
+    label = (lambda x: in_words(x).replace(" ", "\n")) if spec["in bytes"] else "{:,}".format
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: label(round(x))))
     if min(values) > 0:
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))

@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import importlib.util
 import json
 import os
+import resource
+import shutil
 import signal
 import socket
 import subprocess
@@ -18,11 +21,13 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import gevent
 import gevent.socket
+from _report import Report
 from gevent.server import StreamServer
 
 import gsplice
@@ -72,6 +77,21 @@ def in_python(name: str, backend: int, **environ: str) -> Any:
     return running([sys.executable, __file__, name, str(backend)], **environ)
 
 
+def in_asyncio(name: str, backend: int) -> Any:
+    """Run asyncio's streams on the loop *name*: asyncio's own, or uvloop."""
+    return running([sys.executable, HERE / "_relay_in_asyncio.py", name, str(backend)])
+
+
+@contextlib.contextmanager
+def in_c(backend: int) -> Iterator[Relay]:
+    """Run epoll and splice(2) in C."""
+    with tempfile.TemporaryDirectory() as directory:
+        program = Path(directory, "relay")
+        subprocess.run(["cc", "-O2", "-o", program, HERE / "relay_splice.c"], check=True)
+        with running([program, str(backend)]) as relay:
+            yield relay
+
+
 @contextlib.contextmanager
 def go(backend: int) -> Iterator[Relay]:
     """Run Go's io.Copy, on one processor."""
@@ -89,9 +109,9 @@ def go(backend: int) -> Iterator[Relay]:
 HAPROXY = """
 global
     nbthread 1
-    maxconn 2000
+    maxconn {most}
     tune.pipesize 1048576
-    maxpipes 500
+    maxpipes {most}
 defaults
     mode tcp
     option splice-auto  # by itself it did not begin to splice here
@@ -111,8 +131,10 @@ def haproxy(backend: int) -> Iterator[Relay]:
     """Run HAProxy with ``option splice-auto``, one thread."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
+    # It does not start if the limit of descriptors is too low for all it may need.
+    most = min(2500, resource.getrlimit(resource.RLIMIT_NOFILE)[1] // 4 - 50)
     with tempfile.NamedTemporaryFile("w", suffix=".cfg") as config:
-        config.write(HAPROXY.format(port=port, backend=backend))
+        config.write(HAPROXY.format(port=port, backend=backend, most=most))
         config.flush()
         with subprocess.Popen(["haproxy", "-db", "-q", "-f", config.name]) as process:
             try:
@@ -124,6 +146,30 @@ def haproxy(backend: int) -> Iterator[Relay]:
                 yield Relay(port, process)
             finally:
                 process.kill()
+
+
+def installed(report: Report, stack: contextlib.ExitStack, backend: int) -> dict[str, Relay]:
+    """Start all that can run here, and say which can't."""
+    kinds: dict[str, tuple[Any, bool, str]] = {
+        "gevent": (partial(in_python, "gevent"), True, ""),
+        "gsplice": (partial(in_python, "gsplice"), True, ""),
+        "asyncio": (partial(in_asyncio, "asyncio"), True, ""),
+        "uvloop": (
+            partial(in_asyncio, "uvloop"),
+            importlib.util.find_spec("uvloop") is not None,
+            "it is not installed",
+        ),
+        "Go": (go, shutil.which("go") is not None, "there is no go"),
+        "HAProxy": (haproxy, shutil.which("haproxy") is not None, "there is no haproxy"),
+        "C": (in_c, shutil.which("cc") is not None, "there is no cc"),
+    }
+    relays = {}
+    for name, (start, can, why_not) in kinds.items():
+        if can:
+            relays[name] = stack.enter_context(start(backend))
+        else:
+            report.leave_out(f"the relay of {name}", why_not)
+    return relays
 
 
 def pump(src: Any, dst: Any) -> None:

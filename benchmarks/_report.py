@@ -112,11 +112,15 @@ class Report:
         y: str,
         series: Mapping[str, Mapping[int, float]],
         ours: Iterable[str],
+        in_bytes: bool = True,
     ) -> None:
-        """Have a picture drawn: a line for each of *series*, both axes logarithmic."""
+        """Have a picture drawn: a line for each of *series*, both axes logarithmic.
+
+        *in_bytes* says whether what is on the axis of *x* are bytes, or just numbers.
+        """
         points = {label: [*map(list, sorted(by.items()))] for label, by in series.items()}
         spec = {"kind": "lines", "title": title, "x": x, "y": y, "series": points, "ours": [*ours]}
-        self.figures["pictures"][name] = spec
+        self.figures["pictures"][name] = spec | {"in bytes": in_bytes}
 
     def close(self) -> None:
         """Write the figures and the pictures, if that was asked for."""

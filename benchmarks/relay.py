@@ -1,16 +1,17 @@
-"""A relay between two TCP connections: the pattern of unpatched gevent, gsplice, Go and HAProxy.
+"""A relay between two TCP connections: unpatched gevent, gsplice, asyncio, uvloop, Go, HAProxy, C.
 
 Client, relay and backend are processes of their own; the backend drops what it gets, or echoes it.
-Go and HAProxy are left out where they are not installed.
+What is not installed is left out.
 """
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import ctypes
 import os
 import resource
-import shutil
+import selectors
 import socket
 import statistics
 import struct
@@ -25,11 +26,15 @@ from typing import Any, NamedTuple
 import gevent
 import gevent.socket
 from _measure import GiB, KiB, MiB, Report, Sample, alternate, in_turns
-from _relays import Relay, go, haproxy, in_python
+from _relays import Relay, in_python, installed
 from gevent.server import StreamServer
 
 SIZES = (1, 200, 4 * KiB, 60_000, 400_000)
-DROP, ECHO = b"D", b"E"
+DROP, DROP_OF_MANY, ECHO = b"D", b"M", b"E"
+READY = b"R"
+CONNECTIONS = (1, 50, 500, 2000)
+#: Of the process that holds most: two sockets, and in C a pipe in each direction.
+DESCRIPTORS = 6
 HEADER = struct.Struct("<cI")
 COUNT = struct.Struct("<Q")
 
@@ -46,25 +51,17 @@ def main() -> None:
         {"threads": serve_threads, "gevent": serve_many}[sys.argv[2]]()
         return
     report = Report(__doc__)
+    _, limit = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))  # the relays inherit it
     with contextlib.ExitStack() as stack:
         backend = stack.enter_context(serving("threads"))
-        relays = {
-            "gevent": stack.enter_context(in_python("gevent", backend)),
-            "gsplice": stack.enter_context(in_python("gsplice", backend)),
-        }
-        if shutil.which("go"):
-            relays["Go"] = stack.enter_context(go(backend))
-        else:
-            report.leave_out("Go's io.Copy", "there is no go")
-        if shutil.which("haproxy"):
-            relays["HAProxy"] = stack.enter_context(haproxy(backend))
-        else:
-            report.leave_out("HAProxy", "there is no haproxy")
+        relays = installed(report, stack, backend)
         bulk(report, relays)
         ping_pong(report, relays)
         fairness(report, {name: relays[name] for name in ("gevent", "gsplice")}, backend)
         threads(report, stack, backend)
-    idle(report)
+        many(report, relays, limit)
+    idle(report, limit)
     report.close()
 
 
@@ -85,22 +82,41 @@ def serving(kind: str) -> Iterator[int]:
 
 def serve_threads() -> None:
     """Serve each connection in a native thread: the backend should not be what is measured."""
+    many = selectors.EpollSelector()
+    threading.Thread(target=drop_many, args=[many], daemon=True).start()
     with socket.create_server(("127.0.0.1", 0), backlog=1024) as listener:
         print(listener.getsockname()[1], flush=True)
         while True:
             connection, _ = listener.accept()
-            threading.Thread(target=answer, args=[connection], daemon=True).start()
+            threading.Thread(target=answer, args=[connection, many], daemon=True).start()
 
 
-def answer(connection: socket.socket) -> None:
+def drop_many(selector: selectors.BaseSelector) -> None:
+    """Drop what comes on all of these connections: a thread for each would be the slowest part."""
+    recv, total = ctypes.CDLL(None, use_errno=True).recv, collections.Counter[int]()
+    while True:
+        for key, _ in selector.select():
+            if (number := recv(key.fd, None, 4 * MiB, socket.MSG_TRUNC)) > 0:
+                total[key.fd] += number
+                continue
+            selector.unregister(key.fd)
+            with key.data as connection, contextlib.suppress(OSError):
+                connection.sendall(COUNT.pack(total.pop(key.fd, 0)))
+
+
+def answer(connection: socket.socket, many: selectors.BaseSelector) -> None:
     with connection, contextlib.suppress(OSError, struct.error):
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         kind, size = HEADER.unpack(connection.recv(HEADER.size, socket.MSG_WAITALL))
+        connection.sendall(READY)
         if kind == DROP:
             recv, total = ctypes.CDLL(None, use_errno=True).recv, 0
             while (number := recv(connection.fileno(), None, 4 * MiB, socket.MSG_TRUNC)) > 0:
                 total += number
             connection.sendall(COUNT.pack(total))
+        elif kind == DROP_OF_MANY:
+            theirs = connection.dup()
+            many.register(theirs, selectors.EVENT_READ, theirs)
         else:
             buffer = memoryview(bytearray(size))
             while receive(connection, buffer):
@@ -131,9 +147,11 @@ def receive(connection: socket.socket, buffer: memoryview) -> bool:
 
 
 def connect(relay: Relay, kind: bytes, size: int = 0) -> socket.socket:
+    """Return a connection that has reached the backend."""
     sock = socket.create_connection(("127.0.0.1", relay.port))
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     sock.sendall(HEADER.pack(kind, size))
+    assert sock.recv(1) == READY
     return sock
 
 
@@ -147,6 +165,25 @@ class Source:
     def send(self, sock: socket.socket, size: int) -> None:
         while size:
             size -= os.sendfile(sock.fileno(), self.fd, 0, min(size, 16 * MiB))
+
+    def send_all(self, socks: Sequence[socket.socket], size: int) -> None:
+        """Send *size* bytes on each of *socks* at once, and their ends."""
+        left = dict.fromkeys(socks, size)
+        with selectors.DefaultSelector() as selector:
+            for sock in socks:
+                sock.setblocking(False)
+                selector.register(sock, selectors.EVENT_WRITE, sock)
+            while left:
+                for key, _ in selector.select():
+                    sock = key.data
+                    piece = min(left[sock], 16 * MiB)
+                    with contextlib.suppress(BlockingIOError):  # TCP is short of memory
+                        left[sock] -= os.sendfile(sock.fileno(), self.fd, 0, piece)
+                    if not left[sock]:
+                        del left[sock]
+                        selector.unregister(sock)
+                        sock.setblocking(True)
+                        sock.shutdown(socket.SHUT_WR)
 
 
 # ---- what is measured
@@ -313,11 +350,54 @@ def threads(report: Report, stack: contextlib.ExitStack, backend: int) -> None:
     print("    speed/one hub", f"{ratio:.2f},", report.target("two hubs", ratio, least=1.0))
 
 
-def idle(report: Report) -> None:
+def many(report: Report, relays: dict[str, Relay], limit: int) -> None:
+    """Move the same number of bytes in all over ever more connections at once."""
+    total, rounds = report.pick(512, 128, 8) * MiB, report.pick(3, 1, 1)
+    source = Source()
+    most = limit // DESCRIPTORS - 50
+    wanted = report.pick(CONNECTIONS, (1, 50, 500), (1, 10))
+    numbers = sorted({min(number, most) for number in wanted})
+    if most < wanted[-1]:
+        why = f"{limit} descriptors are enough for {most}"
+        report.leave_out(f"{wanted[-1]} connections at once", why)
+
+    def side(relay: Relay, number: int) -> Sample:
+        with contextlib.ExitStack() as stack:
+            socks = [stack.enter_context(connect(relay, DROP_OF_MANY)) for _ in range(number)]
+            each = total // number
+            cpu, start = relay.cpu(), time.perf_counter()
+            source.send_all(socks, each)
+            for sock in socks:
+                assert COUNT.unpack(sock.recv(COUNT.size, socket.MSG_WAITALL)) == (each,)
+            elapsed, used = time.perf_counter() - start, relay.cpu() - cpu
+        return Sample(elapsed * GiB / (each * number), used * GiB / (each * number))
+
+    medians = {
+        number: alternate(
+            {name: partial(side, relay, number) for name, relay in relays.items()}, rounds
+        )
+        for number in numbers
+    }
+    for name, what, y, value in (
+        ("speed", "throughput", "GiB per second", lambda sample: 1 / sample.elapsed),
+        ("cpu", "CPU time of the relay", "CPU seconds per GiB", lambda sample: sample.cpu),
+    ):
+        series = {
+            relay: {number: value(medians[number][relay]) for number in numbers} for relay in relays
+        }
+        report.table(
+            f"{total // MiB} MiB over several connections at once, {y}, median of {rounds} rounds",
+            ["connections", *relays],
+            [[str(n), *(by[n] for by in series.values())] for n in numbers],
+        )
+        title, x = f"Relays for several connections at once: {what}", "connections"
+        name = f"relay_connections_{name}"
+        report.lines(name, title, x, y, series, ours=["gsplice"], in_bytes=False)
+
+
+def idle(report: Report, limit: int) -> None:
     """Many relays that have each carried something and now wait."""
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    number = min(report.pick(10_000, 200, 20), hard // 2 - 200)
+    number = min(report.pick(10_000, 200, 20), limit // 2 - 200)
     rows = []
     rounds = report.pick(3, 1, 1)
     with serving("gevent") as backend:
