@@ -93,9 +93,8 @@ def _send_small(sock: Any, file: Any, offset: int, count: int | None) -> int | N
             if os.lseek(fd, 0, os.SEEK_CUR) != stands:
                 return None  # there is something in its buffer
             position = offset or stands
-            number = os.preadv(fd, (buffer,), position, RWF_NOWAIT)
-            if count is not None:
-                number = min(number, count)
+            view = memoryview(buffer)[:count]
+            number = os.preadv(fd, (view,), position, RWF_NOWAIT)
             if not 0 < number <= SMALL:
                 return None
             if number != count and os.preadv(fd, _ONE_BYTE, position + number, RWF_NOWAIT):
@@ -103,7 +102,7 @@ def _send_small(sock: Any, file: Any, offset: int, count: int | None) -> int | N
         except OSError:  # not resident, or not a file that can tell
             return None
         try:
-            sent: int = sock._sock.send(memoryview(buffer)[:number])
+            sent: int = sock._sock.send(view[:number])
         except BlockingIOError:
             return None
         except BaseException:
