@@ -89,6 +89,14 @@ def _libc() -> Any:
     return libc
 
 
+def _map(fd: int, size: int, protection: int, offset: int) -> int | None:
+    """Map that range of *fd*; return where, or None with the reason in ctypes.get_errno()."""
+    import ctypes
+
+    address: int | None = _libc().mmap(None, size, protection, _MAP_SHARED, fd, offset)
+    return None if address == ctypes.c_void_p(-1).value else address
+
+
 def filesystem_type(fd: int) -> int | None:
     """Return the ``f_type`` of the filesystem that *fd* is on (statfs(2)); None if unknown."""
     try:
@@ -107,8 +115,8 @@ def can_be_mapped(fd: int) -> bool:
     """
     import ctypes
 
-    address = _libc().mmap(None, 1, _PROT_READ, _MAP_SHARED, fd, 0)
-    if address in (None, ctypes.c_void_p(-1).value):
+    address = _map(fd, 1, _PROT_READ, 0)
+    if address is None:
         return ctypes.get_errno() != errno.ENODEV
     _libc().munmap(address, 1)
     return True
@@ -126,8 +134,8 @@ def in_core(fd: int, offset: int, length: int) -> bool:
         start = offset // _PAGE * _PAGE
         pages = (offset + length - start + _PAGE - 1) // _PAGE
         size = pages * _PAGE
-        address = _libc().mmap(None, size, _PROT_NONE, _MAP_SHARED, fd, start)
-        if address in (None, ctypes.c_void_p(-1).value):
+        address = _map(fd, size, _PROT_NONE, start)
+        if address is None:
             return False
         answer = ctypes.create_string_buffer(pages)
         try:

@@ -150,6 +150,20 @@ class Transfer:
             raise offload.forked()
 
 
+def _or_raise(result: Any) -> Any:
+    """Return *result*, or raise it if it is an error.
+
+    Whoever raises an error from a variable deletes that: the frame would be in a cycle with it, and
+    keep both ends open, until the garbage collector comes.
+    """
+    if not isinstance(result, OSError):
+        return result
+    try:
+        raise result
+    finally:
+        del result
+
+
 def read(transfer: Transfer, src: File, offset: int, asked: int) -> bytes:
     """Read at most *asked* bytes of *src* at *offset*, on a thread if a disk has to be waited for.
 
@@ -157,13 +171,7 @@ def read(transfer: Transfer, src: File, offset: int, asked: int) -> bytes:
     """
     data = src.cache.read(src.fileno(), offset, asked)
     if data is None:
-        result = transfer.on_thread((src,), os.pread, asked, offset)
-        if isinstance(result, OSError):
-            try:
-                raise result
-            finally:
-                del result
-        data = result
+        data = _or_raise(transfer.on_thread((src,), os.pread, asked, offset))
     return data
 
 
@@ -179,15 +187,9 @@ def write(transfer: Transfer, dst: Endpoint, data: bytes, src: Endpoint | None =
         try:
             if isinstance(dst, File) and dst.write_waits(len(piece)):
                 promised = None if isinstance(src, File) else piece.__len__
-                result = into_file(
-                    transfer, dst, len(piece), (), _write_at, piece, promised=promised
+                written = _or_raise(
+                    into_file(transfer, dst, len(piece), (), _write_at, piece, promised=promised)
                 )
-                if isinstance(result, OSError):
-                    try:
-                        raise result
-                    finally:
-                        del result
-                written = result
             else:
                 written = dst.write_some(piece)
         except BlockingIOError:
