@@ -7,12 +7,12 @@ versions that move the bytes inside the kernel and wait on the gevent hub.
 from __future__ import annotations
 
 from . import config, pipes
-from ._copy import copy
-from ._shutil import copyfileobj
-from ._socket import sendfile
-from ._stats import Stats, stats
+from ._counters import Stats, stats
+from ._move.copy import copy
+from ._patches.shutil_copy import copyfileobj
+from ._patches.socket_sendfile import sendfile
+from ._relay.relay import RelayResult, relay
 from .monkey import PatchResult, patch_all, unpatch_all
-from .relay import RelayResult, relay
 
 __all__ = [
     "PatchResult",

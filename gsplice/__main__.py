@@ -62,9 +62,9 @@ def main() -> None:
         case [option, *_] if option.startswith("-"):
             _wrong(f"no such option: {option}")
         case ["doctor", *arguments]:
-            from . import _doctor
+            from ._doctor.command import main as doctor
 
-            sys.exit(_doctor.main(arguments))
+            sys.exit(doctor(arguments))
         case ["serve", *arguments]:
             sys.exit(_serve(arguments))
         case [script, *arguments]:

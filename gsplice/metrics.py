@@ -35,7 +35,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any, Final, NamedTuple
 
-from ._stats import Stats, stats
+from ._counters import Stats, stats
 
 #: The type of :func:`prometheus_text`, version 0.0.4 of Prometheus' text format.
 CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"

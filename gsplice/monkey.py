@@ -12,38 +12,80 @@ import dataclasses
 import functools
 import logging
 import os
-import shutil as stdlib_shutil
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType, ModuleType
 from typing import Any, Final, NamedTuple
 
 import gevent.monkey
 from gevent.socket import socket as GeventSocket
 
-from . import _gunicorn, _pywsgi, _shutil, _socket
-from ._imports import after_import, forget
-from ._linux import LINUX
+from ._os.linux import LINUX
+from ._patches import gunicorn as _gunicorn
+from ._patches import pywsgi as _pywsgi
+from ._patches import shutil_copy, socket_sendfile
+from ._patches.after_import import after_import, forget
 
 #: gevent.monkey has imported logging already.
 _log: Final = logging.getLogger("gsplice")
 
 
-class _Later(NamedTuple):
-    """A class to be patched as soon as somebody else has imported its module."""
+class _Row(NamedTuple):
+    """One thing to patch: as soon as somebody has imported its module, which we do not."""
 
+    #: What users call it, with the names that are replaced.
+    label: str
+    names: Sequence[str]
+    #: Where these are: in a module, or in a class of it.
     module: str
-    cls: str
+    cls: str | None
+    #: Given the module or class, returns the replacements, as gevent's patch_module() wants them.
     replacements: Callable[[Any], Any]
 
-    def __str__(self) -> str:
+    def labels(self) -> list[str]:
+        """Return the names as users know them."""
+        return [f"{self.label}.{name}" for name in self.names]
+
+    def target(self) -> Any | None:
+        """Return the module or class to patch; None if it has not been imported."""
+        module = sys.modules.get(self.module)
+        return module if self.cls is None else getattr(module, self.cls, None)
+
+    def awaited(self) -> str:
+        """Return why it is not patched before its module is there."""
         return f"will be when {self.module} is imported"
 
 
-_LATER: Final = {
-    "pywsgi": _Later("gevent.pywsgi", "WSGIHandler", _pywsgi.replacements),
-    "gunicorn": _Later("gunicorn.workers.ggevent", "GeventWorker", _gunicorn.replacements),
+_TABLE: Final = {
+    "socket": _Row(
+        "socket",
+        socket_sendfile.__implements__,
+        GeventSocket.__module__,
+        GeventSocket.__name__,
+        lambda _: socket_sendfile,
+    ),
+    "shutil": _Row("shutil", shutil_copy.__implements__, "shutil", None, lambda _: shutil_copy),
+    "pywsgi": _Row(
+        "pywsgi.WSGIHandler",
+        _pywsgi.NAMES,
+        "gevent.pywsgi",
+        "WSGIHandler",
+        _pywsgi.replacements,
+    ),
+    "gunicorn": _Row(
+        "gunicorn.GeventWorker",
+        _gunicorn.NAMES,
+        "gunicorn.workers.ggevent",
+        "GeventWorker",
+        _gunicorn.replacements,
+    ),
 }
+
+#: The rows that are going to be patched when their module is imported.
+_awaited: Final[set[str]] = set()
+
+#: The rows that are patched: where.
+_patched: Final[dict[str, ModuleType]] = {}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,18 +125,19 @@ def patch_all(
     refusal = _refusal()
     not_patched: dict[str, str] = {}
     asked_for = {"socket": socket, "shutil": shutil, "pywsgi": pywsgi, "gunicorn": gunicorn}
-    for name, wanted in asked_for.items():
-        if name in _patched:
+    for key, wanted in asked_for.items():
+        row = _TABLE[key]
+        if key in _patched:
             reason = None
         elif not wanted:
-            reason = str(_LATER[name]) if name in _awaited else "not asked for"
+            reason = row.awaited() if key in _awaited else "not asked for"
         elif refusal is not None:
             reason = refusal
         else:
-            reason = _patch(name)
+            reason = _patch(key)
         if reason is not None:
-            not_patched.update(dict.fromkeys(_NAMES[name], reason))
-    patched = tuple(label for name in _patched for label in _NAMES[name])
+            not_patched.update(dict.fromkeys(row.labels(), reason))
+    patched = tuple(label for key in _patched for label in _TABLE[key].labels())
     result = PatchResult(patched, MappingProxyType(not_patched))
     if refusal is not None or before != tuple(_patched):
         _log.info("%s", result)
@@ -103,7 +146,7 @@ def patch_all(
 
 def is_for_later(reason: str) -> bool:
     """Say whether *reason*, of :class:`PatchResult`, is that nobody has imported the module yet."""
-    return reason in map(str, _LATER.values())
+    return any(reason == row.awaited() for row in _TABLE.values())
 
 
 def unpatch_all() -> None:
@@ -111,30 +154,16 @@ def unpatch_all() -> None:
 
     A name that something else has wrapped since gets its original back all the same.
     """
-    for name in _awaited:
-        forget(_LATER[name].module)
+    for key in _awaited:
+        forget(_TABLE[key].module)
     _awaited.clear()
-    for target, names in _patched.values():
+    for key, target in _patched.items():
         saved = gevent.monkey.saved[target.__name__]
-        for name in names:
+        for name in _TABLE[key].names:
             setattr(target, name, saved.pop(name))
         if not saved:
             del gevent.monkey.saved[target.__name__]
     _patched.clear()
-
-
-_NAMES: Final = {
-    "socket": ("socket.sendfile", "socket._sendfile_use_sendfile"),
-    "shutil": tuple(f"shutil.{name}" for name in _shutil.__implements__),
-    "pywsgi": ("pywsgi.WSGIHandler.get_environ", "pywsgi.WSGIHandler.process_result"),
-    "gunicorn": ("gunicorn.GeventWorker.handle_request",),
-}
-
-#: What is going to be patched when its module is imported.
-_awaited: Final[set[str]] = set()
-
-#: What is patched: where, and which names.
-_patched: Final[dict[str, tuple[ModuleType, list[str]]]] = {}
 
 
 class _ClassAsModule(ModuleType):
@@ -151,35 +180,29 @@ class _ClassAsModule(ModuleType):
         setattr(self._cls, name, value)
 
 
-def _patch(name: str) -> str | None:
-    """Patch *name* now, or have it patched when its module comes; return why it is not patched."""
-    target: ModuleType
-    source: Any
-    if name == "socket":
-        target, source = _ClassAsModule(GeventSocket), _socket
-    elif name == "shutil":
-        target, source = stdlib_shutil, _shutil
-    else:
-        later = _LATER[name]
-        cls = getattr(sys.modules.get(later.module), later.cls, None)
-        if cls is None:
-            after_import(later.module, functools.partial(_patch_later, name))
-            _awaited.add(name)
-            return str(later)
-        target, source = _ClassAsModule(cls), later.replacements(cls)
-    if not gevent.monkey.patch_module(target, source):
+def _patch(key: str) -> str | None:
+    """Patch that row now, or have it patched when its module comes; return why it is not yet."""
+    row = _TABLE[key]
+    target = row.target()
+    if target is None:
+        after_import(row.module, functools.partial(_patch_later, key))
+        _awaited.add(key)
+        return row.awaited()
+    source = row.replacements(target)
+    module: ModuleType = target if row.cls is None else _ClassAsModule(target)
+    if not gevent.monkey.patch_module(module, source):
         return "a subscriber to gevent's patching events forbade it"
     # What was there may have been somebody's wrapper.
-    source.originals.update(gevent.monkey.saved[target.__name__])
-    _patched[name] = target, source.__implements__
+    source.originals.update(gevent.monkey.saved[module.__name__])
+    _patched[key] = module
     return None
 
 
-def _patch_later(name: str) -> None:
-    """Patch *name*, whose module has just been imported."""
-    _awaited.discard(name)
-    if _patch(name) is None:
-        _log.info("patched: %s", ", ".join(_NAMES[name]))
+def _patch_later(key: str) -> None:
+    """Patch that row, whose module has just been imported."""
+    _awaited.discard(key)
+    if _patch(key) is None:
+        _log.info("patched: %s", ", ".join(_TABLE[key].labels()))
 
 
 def _refusal() -> str | None:
@@ -193,7 +216,8 @@ def _refusal() -> str | None:
     return None
 
 
-@functools.cache  # which keeps no error: there may only be no descriptor left at the moment
+# Exceptions are not cached: the failure may be temporary (no descriptors left).
+@functools.cache
 def _try_splice() -> None:
     fds: list[int] = []
     try:

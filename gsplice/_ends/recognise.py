@@ -1,0 +1,291 @@
+"""What an object handed in really is, or why it is not for us.
+
+Only exact types are taken, because ``fileno()`` proves nothing: a ``GzipFile`` has one that leads
+to other bytes, a subclass may override ``read``, an instance may carry its own. An object is one
+or two layers of :mod:`io` (a buffer over a raw file), perhaps inside a wrapper that only delegates;
+each layer is checked. Nothing is imported to recognise a type: as long as nobody has imported the
+module that defines it, no object of it exists.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import socket as stdlib_socket
+import stat
+from socket import AF_INET, AF_INET6, SOCK_STREAM
+from typing import Any, Final
+
+from gevent.socket import socket as GeventSocket
+
+from .._os.hub import hub_to_serve
+from .._os.linux import AF_UNIX, F_GETFL, LINUX, fcntl
+from .body import Body
+from .end import End
+from .exact_type import FILE_METHODS, by_name, overrides_nothing
+from .file import File
+from .pipe import CallersPipe
+from .request_body import INPUTS, GunicornBody
+from .response_body import body_of, response_behind
+from .small import SMALL_BODY
+from .socket import Socket
+
+SocketIO: Any = stdlib_socket.SocketIO  # with its private attributes
+
+_BUFFER: Final = "buffer"
+_RAW: Final = "raw"
+_RESPONSE: Final = "response"
+_INPUT: Final = "input"
+
+#: The types taken, as a buffer, a raw file, an HTTP response, the body of a request, or a wrapper
+#: (then: where it keeps what it wraps).
+_known: Final[dict[type, str]] = {
+    io.BufferedReader: _BUFFER,
+    io.BufferedWriter: _BUFFER,
+    io.BufferedRandom: _BUFFER,
+    io.FileIO: _RAW,
+    SocketIO: _RAW,
+}
+
+#: The same for types that are looked up by name, when an object of that name comes along.
+_BY_NAME: Final = {
+    ("gevent._fileobjectposix", "GreenFileDescriptorIO"): _RAW,
+    ("gevent._fileobjectcommon", "FileIO"): _RAW,
+    ("gevent._fileobjectposix", "FileObjectPosix"): "io",
+    ("gevent._fileobjectcommon", "FileObjectBlock"): "io",
+    ("django.core.files.base", "File"): "file",
+    ("django.core.files.uploadedfile", "TemporaryUploadedFile"): "file",
+    ("django.db.models.fields.files", "FieldFile"): "file",
+    ("tempfile", "_TemporaryFileWrapper"): "file",
+    ("http.client", "HTTPResponse"): _RESPONSE,
+    ("urllib3.response", "HTTPResponse"): _RESPONSE,
+    **dict.fromkeys(INPUTS, _INPUT),
+}
+
+#: The roles that are no wrappers.
+_ENDS: Final = frozenset({_BUFFER, _RAW, _RESPONSE, _INPUT})
+
+#: Writers that send to the socket they keep there, without a buffer.
+_WRITERS: Final = {("socketserver", "_SocketWriter"): "_sock"}
+
+_SOCKET_METHODS: Final = frozenset(
+    {
+        "send",
+        "sendall",
+        "sendmsg",
+        "sendto",
+        "recv",
+        "recv_into",
+        "recvfrom",
+        "recvfrom_into",
+        "recvmsg",
+        "recvmsg_into",
+        "_sendfile_use_send",
+        "_check_sendfile_params",
+        "_wait",
+        "fileno",
+        "gettimeout",
+        "timeout",
+        "type",
+        "__getattr__",
+        "__getattribute__",
+    }
+)
+
+_FAMILIES: Final = frozenset({AF_INET, AF_INET6, AF_UNIX})
+
+
+class NotOurs(Exception):
+    """The original function's business; ``args[0]`` is the reason, as it is counted."""
+
+
+def source(obj: Any) -> End:
+    """Return the end that *obj* reads from. Raises NotOurs."""
+    role = _role(type(obj)) if LINUX else None
+    if role is _RESPONSE:
+        return _response(obj)
+    if role is _INPUT:
+        return _request(obj)
+    buffer, raw = _layers(obj, role, "source_type")
+    if not buffer.readable():
+        raise NotOurs("source_type")
+    if type(raw) is SocketIO and raw._timeout_occurred:
+        raise NotOurs("timed_out")  # it refuses every further read
+    return _endpoint(buffer, raw, "source_type")
+
+
+def sink(obj: Any) -> End:
+    """Return the end that *obj* writes to. Raises NotOurs."""
+    attribute = by_name(type(obj), _WRITERS)
+    if attribute is not None and overrides_nothing(obj):
+        return stream_socket(getattr(obj, attribute))
+    role = _role(type(obj)) if LINUX else None
+    if role in (_RESPONSE, _INPUT):
+        raise NotOurs("destination_type")
+    buffer, raw = _layers(obj, role, "destination_type")
+    if not buffer.writable():
+        raise NotOurs("destination_type")
+    end = _endpoint(buffer, raw, "destination_type")
+    if type(end) is File:
+        _check_sink(end.fileno())
+    return end
+
+
+def _check_sink(fd: int) -> None:
+    """Pass if nobody else is likely to write where this regular file stands.
+
+    write(2) does so under a lock that copy_file_range(2) and splice(2) do not take.
+    """
+    if fd <= 2:  # child processes write to it as well
+        raise NotOurs("standard_stream")
+    if hub_to_serve() is None:  # a thread among others
+        raise NotOurs("other_hub")
+    if fcntl(fd, F_GETFL) & os.O_APPEND:
+        raise NotOurs("append")  # splice(2): EINVAL
+
+
+def different_files(src: End, dst: End) -> None:
+    """Pass unless both ends are the same file. Raises NotOurs: both objects buffer it then."""
+    if isinstance(src, File) and isinstance(dst, File) and src.is_same_file(dst):
+        raise NotOurs("same_file")
+
+
+def regular_file(obj: Any) -> File:
+    """Return *obj* as a regular file to read from. Raises NotOurs."""
+    end = source(obj)
+    if type(end) is not File:
+        raise NotOurs("source_type")
+    return end
+
+
+def stream_socket(sock: Any) -> Socket:
+    """Return *sock*, the socket object itself, as an end. Raises NotOurs."""
+    _check_socket(sock)
+    return Socket(None, None, sock)
+
+
+def _response(obj: Any) -> Body:
+    """Return the body of the response *obj*. Raises NotOurs."""
+    response = response_behind(obj)
+    if response is None:
+        raise NotOurs("body")
+    if response.length is not None and response.length <= SMALL_BODY:
+        raise NotOurs("small")
+    end = source(response.fp)
+    if type(end) is not Socket:
+        raise NotOurs("source_type")
+    return body_of(obj, response, end)
+
+
+def _request(obj: Any) -> Body:
+    """Return the body of a request, of which *obj* is the ``wsgi.input``. Raises NotOurs."""
+    kind = INPUTS[type(obj).__module__, type(obj).__name__]
+    behind = kind.behind(obj)
+    if behind is None:
+        raise NotOurs("body")
+    end = stream_socket(behind) if kind is GunicornBody else source(behind)
+    if not isinstance(end, kind.around):
+        raise NotOurs("source_type")
+    body = kind(end, obj)
+    if body.left() <= SMALL_BODY:
+        raise NotOurs("small")
+    return body
+
+
+def _layers(obj: Any, role: str | None, reason: str) -> tuple[Any, Any]:
+    """Return the buffer (or the raw file, if it has none) and the raw file that *obj* is."""
+    while role is not None and role not in _ENDS:
+        obj = _unwrap(obj, role, reason)
+        role = _role(type(obj))
+    raw = obj
+    if role is _BUFFER:
+        if not overrides_nothing(obj):
+            raise NotOurs(reason)
+        raw = obj.raw  # None if it was detached
+        role = _role(type(raw))
+    if role is not _RAW or not overrides_nothing(raw):
+        raise NotOurs(reason)
+    if raw.closed:
+        raise NotOurs("closed")
+    return obj, raw
+
+
+def _role(cls: type) -> str | None:
+    try:
+        role = _known.get(cls)
+    except TypeError:  # a class that can't be hashed
+        return None
+    if role is None:
+        role = by_name(cls, _BY_NAME)
+        if role is not None:
+            _known[cls] = role
+    return role
+
+
+def _unwrap(obj: Any, attribute: str, reason: str) -> Any:
+    """Return what the wrapper *obj* delegates to, if all it does is delegate."""
+    inner = getattr(obj, attribute)
+    for name in FILE_METHODS & obj.__dict__.keys():
+        method, behind = obj.__dict__[name], getattr(inner, name, None)
+        if method != behind and not _is_tempfile_closure(type(obj), method, behind):
+            raise NotOurs(reason)
+    return inner
+
+
+def _is_tempfile_closure(cls: Any, method: Any, behind: Any) -> bool:
+    """Say whether *method* is the closure that tempfile's wrapper keeps around *behind*."""
+    return (
+        cls.__module__ == "tempfile"
+        and getattr(method, "__code__", None) in cls.__getattr__.__code__.co_consts
+        and method.__wrapped__ == behind
+    )
+
+
+def _endpoint(buffer: Any, raw: Any, reason: str) -> End:
+    if type(raw) is SocketIO:
+        _check_socket(raw._sock)
+        return Socket(buffer, raw, raw._sock)
+    try:
+        status = os.fstat(raw.fileno())
+    except OSError:
+        raise NotOurs("closed") from None  # behind the object's back
+    if stat.S_ISREG(status.st_mode):
+        try:
+            return File(buffer, raw, status, buffer.tell())
+        except OSError:  # one of the kernel's own that is read like a pipe
+            raise NotOurs(reason) from None
+    if not stat.S_ISFIFO(status.st_mode):
+        raise NotOurs(reason)
+    hub = hub_to_serve()
+    if hub is None or getattr(raw, "hub", hub) is not hub:
+        raise NotOurs("other_hub")
+    if isinstance(raw, io.FileIO) and fcntl(raw.fileno(), F_GETFL) & os.O_NONBLOCK:
+        raise NotOurs("nonblocking")  # its read() answers None where a pipe is waited for
+    return CallersPipe(buffer, raw)
+
+
+def _check_socket(sock: Any) -> None:
+    """Pass if *sock* is a plain gevent stream socket that this greenlet can wait for."""
+    if not LINUX or (type(sock) is not GeventSocket and not _changes_nothing(sock)):
+        raise NotOurs("socket_type")
+    native = sock._sock
+    fileno = native.fileno()
+    if fileno < 0:
+        raise NotOurs("closed")
+    if native.type != SOCK_STREAM or native.family not in _FAMILIES:
+        raise NotOurs("socket_type")  # splice(2) would lose the boundaries of messages
+    if sock.timeout == 0.0:
+        raise NotOurs("nonblocking")
+    if sock.hub is not hub_to_serve():
+        raise NotOurs("other_hub")
+    if not fcntl(fileno, F_GETFL) & os.O_NONBLOCK:
+        raise NotOurs("blocking")  # it would block in spite of SPLICE_F_NONBLOCK
+
+
+def _changes_nothing(sock: Any) -> bool:
+    """Say whether *sock* is of a subclass of gevent's socket that sends and receives like it."""
+    mro = type(sock).__mro__
+    if GeventSocket not in mro or not _SOCKET_METHODS.isdisjoint(getattr(sock, "__dict__", ())):
+        return False
+    added = mro[: mro.index(GeventSocket)]
+    return all(_SOCKET_METHODS.isdisjoint(cls.__dict__) for cls in added)

@@ -1,0 +1,130 @@
+"""The body of an HTTP response as an end: of :mod:`http.client`, and of urllib3 around one."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any, Final, NoReturn
+
+from .._os.results import error
+from .body import Body
+from .exact_type import reads_as_written
+from .socket import Socket
+
+#: How a response reads.
+_METHODS: Final = (
+    "read",
+    "_close_conn",
+    "_decode",
+    "_error_catcher",
+    "_fp_read",
+    "_init_decoder",
+    "_raw_read",
+)
+
+
+class ClientBody(Body):
+    """What is left of the body of an ``http.client.HTTPResponse``."""
+
+    __slots__ = ("_response",)
+
+    def __init__(self, end: Socket, response: Any) -> None:
+        super().__init__(end.obj, end.raw, end.sock)
+        self._response = response
+
+    def left(self) -> int:
+        """Return how many bytes may be taken: what follows is the next response's."""
+        length: int | None = self._response.length
+        return sys.maxsize if length is None else length
+
+    def took(self, number: int) -> None:
+        """Count as ``read()`` does, which is before the bytes are written anywhere."""
+        if self._response.length is not None:
+            self._response.length -= number
+
+    def leave_source(self) -> None:
+        """Have the response let go of its connection if its last byte has been taken.
+
+        That is when ``read()`` does it, whatever becomes of the byte.
+        """
+        if self._response.length == 0:
+            self._response.read(0)
+
+
+class Urllib3Body(ClientBody):
+    """The same behind a ``urllib3.response.HTTPResponse``.
+
+    It has errors of its own for those of the socket, and drops the connection on any, also when the
+    greenlet is killed while it waits for a byte; at the end the connection returns to its pool.
+    """
+
+    __slots__ = ("_outer",)
+
+    def __init__(self, end: Socket, outer: Any) -> None:
+        super().__init__(end, outer._fp)
+        self._outer = outer
+
+    def took(self, number: int) -> None:
+        """Count as ``read()`` does, in both responses."""
+        super().took(number)
+        if number:
+            if hasattr(self._outer, "_uncached_read_occurred"):  # not in urllib3 1
+                self._outer._uncached_read_occurred = True
+            self._outer._fp_bytes_read += number
+            if self._outer.length_remaining is not None:
+                self._outer.length_remaining -= number
+
+    def fileno(self) -> int:
+        """Return the descriptor, or raise, as :class:`Socket` does."""
+        with self._outer._error_catcher():
+            return super().fileno()
+
+    def wait_read(self) -> None:
+        """Wait as recv() would. Lets out urllib3's errors, and what ends the greenlet."""
+        with self._outer._error_catcher():
+            super().wait_read()
+
+    def raise_own(self, answered: int) -> NoReturn:
+        """Raise what urllib3 makes of *err*, an error of the socket."""
+        with self._outer._error_catcher():
+            raise error(answered)
+        raise AssertionError  # the catcher lets every error out
+
+    def leave_source(self) -> None:
+        """Have both responses let go of the connection if the last byte has been taken."""
+        if self._response.length == 0:
+            with self._outer._error_catcher():
+                super().leave_source()
+
+
+def response_behind(obj: Any) -> Any | None:
+    """Return the ``http.client.HTTPResponse`` of which *obj*, a response, gives the bytes as sent.
+
+    None: it gives others (chunks, decoded ones), none at all, or reads in a way of its own.
+    """
+    if not reads_as_written(obj, *_METHODS):
+        return None
+    client = sys.modules.get("http.client")
+    if type(obj) is not getattr(client, "HTTPResponse", None):
+        inner = obj._fp
+        if type(inner) is not getattr(client, "HTTPResponse", None) or not _is_plain(obj):
+            return None
+        return response_behind(inner)
+    length = obj.length
+    if obj.fp is None or obj.chunked is not False:
+        return None
+    return obj if length is None or (type(length) is int and length > 0) else None
+
+
+def body_of(obj: Any, response: Any, end: Socket) -> ClientBody:
+    """Return the body of *obj*, which reads from *response*, which reads from *end*."""
+    return ClientBody(end, obj) if obj is response else Urllib3Body(end, obj)
+
+
+def _is_plain(outer: Any) -> bool:
+    """Say whether this response of urllib3 has decoded nothing, and will not."""
+    if outer.decode_content and (outer._decoder or "content-encoding" in outer.headers):
+        return False
+    decoded = getattr(outer, "_decoded_buffer", ())  # urllib3 1 has neither
+    if len(decoded) or getattr(outer, "_has_decoded_content", False):
+        return False
+    return not outer.chunked and not outer._fp.closed

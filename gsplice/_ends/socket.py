@@ -1,0 +1,73 @@
+"""A stream socket, as the source or the destination of a transfer."""
+
+from __future__ import annotations
+
+import errno
+import os
+from typing import Any, Final
+
+from .._os.linux import ioctl
+from .._os.results import answer
+from .stream import Stream
+
+_SIOCATMARK: Final = 0x8905
+
+
+class Socket(Stream):
+    """A connected stream socket: bare, or behind the raw file that ``makefile()`` made for it."""
+
+    __slots__ = ("sock",)
+
+    def __init__(self, obj: Any, raw: Any, sock: Any) -> None:
+        super().__init__(obj, raw)
+        self.sock = sock
+
+    def fileno(self) -> int:
+        """Return the descriptor; -1 if the socket was closed, and the system call says EBADF.
+
+        Raises ValueError when the socket's file was closed, as reading from it would.
+        """
+        if self.raw is not None and self.raw.closed:
+            raise ValueError("I/O operation on closed file.")
+        return self.sock.fileno()  # type: ignore[no-any-return]
+
+    def write_some(self, data: memoryview) -> int:
+        """Send part of *data*; say how much. Raises BlockingIOError when there is no room.
+
+        Raises ValueError, as :meth:`fileno` does, when the socket's file was closed.
+        """
+        self.fileno()  # the socket's file may have been closed since
+        return self.sock._sock.send(data)  # type: ignore[no-any-return]
+
+    def receive(self, most: int) -> bytes | int:
+        """Receive what is there, without waiting; or return minus errno."""
+        return answer(self.sock._sock.recv, most)  # type: ignore[no-any-return]
+
+    def at_urgent_mark(self) -> bool:
+        """Say whether the next byte is at TCP's urgent mark (tcp(7), SIOCATMARK)."""
+        try:
+            mark = ioctl(self.fileno(), _SIOCATMARK, bytes(4))
+        except OSError:  # a Unix socket without urgent data
+            return False
+        return mark != bytes(4)
+
+    def wait_read(self) -> None:
+        """Wait as recv() would, with the socket's own watcher and timeout."""
+        try:
+            self._wait("_read_event")
+        except TimeoutError:
+            if self.raw is not None:
+                self.raw._timeout_occurred = True  # as SocketIO.readinto does: no further reads
+            raise
+
+    def wait_write(self) -> None:
+        """Wait as send() would, with the socket's own watcher and timeout."""
+        self._wait("_write_event")
+
+    def _wait(self, name: str) -> None:
+        """Wait for the watcher of that *name*. A closed socket is an error as it is to a call."""
+        Socket.fileno(self)  # raises ValueError: it may have been closed since the last call
+        watcher = getattr(self.sock, name)
+        if watcher is None:
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+        self.sock._wait(watcher)

@@ -1,0 +1,1 @@
+"""What replaces the functions and methods of others, one module for each."""

@@ -1,0 +1,121 @@
+"""Responses of ``gunicorn -k gevent`` that are a part of a plain file, and go out by sendfile(2).
+
+What gunicorn's own wrapper makes of a whole file goes that way anyhow. Anything else, as a
+framework's iterator over a range, it would write piece by piece.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any, Final
+
+from gevent.monkey import is_object_patched
+
+from .._counters import counters
+from .._ends.exact_type import by_name
+from .._ends.recognise import NotOurs, regular_file, stream_socket
+from .._move.memory import read
+from .._move.move import move
+from .._move.transfer import Transfer
+from .wsgi_results import Part, find
+
+#: The methods that are replaced.
+NAMES: Final = ["handle_request"]
+
+_RESPONSE: Final = {("gunicorn.http.wsgi", "Response"): True}
+_WRAPPER: Final = {("gunicorn.http.wsgi", "FileWrapper"): True}
+
+
+def replacements(worker_class: Any) -> SimpleNamespace:
+    """Return the replacements for methods of *worker_class*, gunicorn's ``GeventWorker``."""
+    originals: dict[str, Any] = {name: getattr(worker_class, name) for name in NAMES}
+    owner = f"{worker_class.__module__}.{worker_class.__qualname__}"
+
+    def handle_request(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if type(self.wsgi) is not _Application:
+            self.wsgi = _Application(self.wsgi, owner)
+        return originals["handle_request"](self, *args, **kwargs)
+
+    handle_request.__doc__ = worker_class.handle_request.__doc__
+    handle_request.__qualname__ = worker_class.handle_request.__qualname__
+    return SimpleNamespace(__implements__=NAMES, originals=originals, handle_request=handle_request)
+
+
+class _Application:
+    """The application, with results that send themselves as long as the worker is patched."""
+
+    def __init__(self, app: Callable[..., Any], owner: str) -> None:
+        self._app = app
+        self._owner = owner
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._app, name)  # for hooks that look at the worker's application
+
+    def __call__(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Any:
+        result = self._app(environ, start_response)
+        part = find(result) if is_object_patched(self._owner, "handle_request") else None
+        if part is None or (part.length is None and by_name(type(result), _WRAPPER)):
+            return result
+        try:
+            return _FilePart(getattr(start_response, "__self__", None), part, result)
+        except NotOurs as reason:
+            counters.fell_back(reason.args[0])
+            return result
+
+
+class _FilePart:
+    """A body that is *part* of a plain file: an iterator that sends all and gives nothing.
+
+    Making one raises NotOurs if it is anything else; nothing has changed then.
+    """
+
+    def __init__(self, response: Any, part: Part, result: Any) -> None:
+        if not by_name(type(response), _RESPONSE) or not _takes_all(response):
+            raise NotOurs("response")
+        dst = stream_socket(response.sock)
+        self._transfer = Transfer(regular_file(part.file), dst)
+        self._response = response
+        self._part: Part | None = part
+        most = response.response_length
+        self._length: int = most if part.length is None else min(most, part.length)
+        if hasattr(result, "close"):
+            self.close = result.close
+
+    def __iter__(self) -> _FilePart:
+        return self
+
+    def __next__(self) -> bytes:
+        """Send all, and count it as gunicorn does. Lets out what reading and sending raise.
+
+        A file that can't be read is an error before the headers are sent, which gunicorn answers.
+        """
+        part, self._part = self._part, None
+        if part is not None and self._length > 0:
+            transfer = self._transfer
+            transfer.limit = self._length
+            transfer.src.seek(part.start, part.whence)
+            try:
+                read(transfer, transfer.src.offset, 1)
+            finally:
+                transfer.close()
+            self._response.send_headers()
+            try:
+                move(transfer)
+            finally:
+                self._response.sent += transfer.delivered
+        raise StopIteration
+
+
+def _takes_all(response: Any) -> bool:
+    """Say whether *response* would write all of a body as it is, up to its declared length."""
+    return (
+        response.status is not None
+        and response.response_length is not None
+        and response.req.method != "HEAD"
+        and not getattr(response, "_omits_body", False)  # newer than gunicorn 22
+        and not response.headers_sent
+        and not response.is_chunked()
+        and response.can_sendfile()
+        and not response.cfg.is_ssl
+    )

@@ -1,0 +1,305 @@
+"""``wsgi.file_wrapper`` for ``gevent.pywsgi``, and responses that go out by sendfile(2).
+
+gevent.pywsgi is not imported from here: it imports ssl, which must wait until
+``gevent.monkey.patch_all()`` has run.
+"""
+
+from __future__ import annotations
+
+import errno
+import sys
+from socket import IPPROTO_TCP, TCP_NODELAY
+from types import SimpleNamespace
+from typing import Any, Final
+
+from .._counters import counters
+from .._ends.recognise import NotOurs, regular_file, stream_socket
+from .._ends.small import SMALL_FILE
+from .._move.memory import read
+from .._move.move import move
+from .._move.transfer import Transfer
+from .._os.linux import AF_UNIX, MSG_MORE
+from .wsgi_results import Part, find
+
+#: The methods that are replaced.
+NAMES: Final = ["get_environ", "process_result"]
+
+#: Errors of a read(2), not of a socket.
+_DISK_ERRORS = frozenset({errno.EIO, errno.ESTALE})
+
+#: Methods that a response goes through on its way to the socket: a handler that overrides one must
+#: see every byte.
+_WAY_OUT = frozenset({"write", "_write", "_sendall", "_write_with_headers"})
+
+
+class FileWrapper:
+    """What ``environ['wsgi.file_wrapper']`` makes of a file (PEP 3333, Optional Platform-Specific
+    File Handling): an iterable of its pieces of *blksize* bytes, from where it stands.
+
+    A handler sends a plain file behind it without iterating. There is no length, because pywsgi
+    would take the number of pieces for it.
+    """
+
+    def __init__(self, filelike: Any, blksize: int = 8192) -> None:
+        self.filelike = filelike
+        self.blksize = blksize
+        self._left: int | None = None
+
+    def __iter__(self) -> FileWrapper:
+        return self
+
+    def __next__(self) -> bytes:
+        if self._left is None:
+            data: bytes = self.filelike.read(self.blksize)
+        else:
+            data = self.filelike.read(min(self.blksize, self._left))[: self._left]
+            self._left -= len(data)
+        if not data:
+            raise StopIteration
+        return data
+
+    def stop_after(self, length: int) -> None:
+        """Give no more than the next *length* bytes, those that Content-Length has promised."""
+        self._left = length
+
+    def seekable(self) -> bool:
+        """Say whether :meth:`seek` and :meth:`tell` work."""
+        answer = getattr(self.filelike, "seekable", None)
+        return bool(answer()) if answer is not None else hasattr(self.filelike, "seek")
+
+    def seek(self, *args: int) -> Any:
+        """Move the file, as its own ``seek`` does."""
+        return self.filelike.seek(*args)
+
+    def tell(self) -> Any:
+        """Return where the file stands."""
+        return self.filelike.tell()
+
+    def close(self) -> None:
+        """Close the file, if it can be closed."""
+        close = getattr(self.filelike, "close", None)
+        if close is not None:
+            close()
+
+
+def replacements(handler_class: Any) -> SimpleNamespace:
+    """Return the replacements for the methods of *handler_class*, ``gevent.pywsgi.WSGIHandler``."""
+    originals: dict[str, Any] = {name: getattr(handler_class, name) for name in NAMES}
+
+    def get_environ(self: Any) -> dict[str, Any]:
+        environ: dict[str, Any] = originals["get_environ"](self)
+        environ.setdefault("wsgi.file_wrapper", FileWrapper)
+        return environ
+
+    def process_result(self: Any) -> None:
+        part = find(self.result)
+        if part is not None:
+            try:
+                response = _FileResponse(self, handler_class, part)
+            except NotOurs as reason:
+                counters.fell_back(reason.args[0])
+                if _is_file_wrapper(self.result) and _needs_no_body(self):
+                    return
+            else:
+                response.send()
+                return
+        originals["process_result"](self)
+
+    for replacement in (get_environ, process_result):
+        original = getattr(handler_class, replacement.__name__)
+        replacement.__doc__ = original.__doc__
+        replacement.__qualname__ = original.__qualname__
+    return SimpleNamespace(
+        __implements__=NAMES,
+        originals=originals,
+        get_environ=get_environ,
+        process_result=process_result,
+    )
+
+
+def _is_file_wrapper(result: object) -> bool:
+    gunicorn = sys.modules.get("gunicorn.http.wsgi")
+    return type(result) is FileWrapper or (
+        gunicorn is not None and type(result) is gunicorn.FileWrapper
+    )
+
+
+def _cut(length: int, most: int | None) -> int:
+    return length if most is None else min(length, most)
+
+
+def _declared_length(handler: Any) -> int | None:
+    """Return the Content-Length that the application gave, if it gave one that makes sense."""
+    declared = handler.provided_content_length
+    if declared and len(declared) < 20 and declared.isascii() and declared.isdigit():
+        return int(declared)
+    return None
+
+
+def _needs_no_body(handler: Any) -> bool:
+    """Have a wrapper that is iterated over keep to the declared length; True: it needn't be."""
+    declared = _declared_length(handler)
+    if handler.headers_sent:
+        handler.close_connection = True  # how much of the length has gone, nobody knows
+    elif declared is not None and type(handler.result) is FileWrapper:
+        handler.result.stop_after(declared)
+    if handler.command == "HEAD" and handler.status:
+        if not handler.headers_sent:
+            handler.write(b"")
+        return True  # no body, nor the end of a chunked one
+    return False
+
+
+class _FileResponse:
+    """A response whose body is *part* of a plain file.
+
+    Making one raises NotOurs if it is anything else; nothing has changed then.
+    """
+
+    __slots__ = ("_declared", "_first", "_handler", "_length", "_transfer")
+
+    def __init__(self, handler: Any, handler_class: Any, part: Part) -> None:
+        overridden = any(
+            getattr(type(handler), name) is not getattr(handler_class, name) for name in _WAY_OUT
+        )
+        if (
+            overridden
+            or not _WAY_OUT.isdisjoint(handler.__dict__)
+            or not handler.status
+            or handler.headers_sent
+        ):
+            raise NotOurs("response")
+        if handler.code < 200 or handler.code in (204, 304):
+            raise NotOurs("response")  # none of these may have a body
+        headers = {name.lower() for name, _ in handler.response_headers}
+        if b"transfer-encoding" in headers:
+            raise NotOurs("response")
+        self._handler = handler
+        dst = stream_socket(handler.socket)
+        src = regular_file(part.file)
+        declared = _declared_length(handler)
+        if declared is None:
+            if handler.provided_content_length is not None or not _is_file_wrapper(handler.result):
+                raise NotOurs("response")
+            if not src.status.st_size:
+                raise NotOurs("small")  # or one that doesn't know its size, as in /proc
+        src.seek(part.start, part.whence)
+        self._transfer = Transfer(src, dst)
+        if declared is None:
+            left = max(0, src.left())
+            # In sysfs the size is that of a page: what a small file really has is what counts.
+            declared = self._read_small(_cut(left, part.length))
+            self._length = declared
+            handler.provided_content_length = str(declared)
+            handler.response_headers.append((b"Content-Length", b"%d" % declared))
+        else:
+            self._length = _cut(declared, part.length)
+            self._read_small(self._length)
+        self._declared = declared
+
+    def _read_small(self, length: int) -> int:
+        """Read all if *length* is small, so that a disk error becomes pywsgi's error response.
+
+        Return the length there really is, as far as that is known now.
+        """
+        self._first = b""
+        transfer, src = self._transfer, self._transfer.src
+        if length > SMALL_FILE:
+            return length
+        first = src.read_ahead(length)
+        try:
+            while (asked := length - len(first)) and (
+                data := read(transfer, src.offset + len(first), asked)
+            ):
+                first += data
+        finally:
+            transfer.close()
+        src.obj.seek(src.offset + len(first))
+        self._first = first
+        return len(first)
+
+    def send(self) -> None:
+        """Send headers and body so that a small response is one segment.
+
+        From then on the connection has ``TCP_NODELAY``: else the last piece of a file would wait
+        for an acknowledgement of those before, and 1 MiB take half as much CPU time again
+        (benchmarks/servers.py).
+
+        On exit the body is sent as far as the file went; if that is short of the declared
+        length, the connection will be closed, since the client can't tell otherwise where the next
+        response starts. Lets out what sending and reading raise; errors of the socket are noted in
+        the handler as those of its own sends are.
+        """
+        handler = self._handler
+        head = handler.command == "HEAD"
+        transfer = self._transfer
+        transfer.limit = 0 if head else self._length
+        first = b"" if head else self._first
+        if handler.socket.family != AF_UNIX:
+            handler.socket.setsockopt(IPPROTO_TCP, TCP_NODELAY, 1)
+        if first:
+            self._write_together(first)
+            transfer.moved(len(first), "bytes_copied")
+            if transfer.room(1):
+                self._send_rest()
+        elif transfer.room(1):
+            self._send_headers()
+            self._send_rest()
+        else:
+            handler.write(b"")  # the headers alone
+        if not head and transfer.delivered < self._declared:
+            handler.close_connection = True
+
+    def _write_together(self, first: bytes) -> None:
+        """Write headers and *first* with one send.
+
+        Lets out what the handler's own write() raises.
+        """
+        pieces = self._collect(first)
+        self._handler._sendall(b"".join(pieces))
+
+    def _collect(self, first: bytes) -> list[bytes]:
+        """Return what the handler's own write() would send for headers and *first*."""
+        handler = self._handler
+        pieces: list[bytes] = []
+        handler._sendall = pieces.append
+        try:
+            handler.write(first)
+        finally:
+            del handler._sendall
+        return pieces
+
+    def _send_headers(self) -> None:
+        """Send the headers, to be in one segment with what comes next.
+
+        If nothing comes, the connection will be closed, which sends them.
+        """
+        handler = self._handler
+        pieces = self._collect(b"")
+        for piece in pieces:
+            try:
+                handler.socket.sendall(piece, MSG_MORE)
+            except OSError as err:
+                self._note(err)
+                raise
+            handler.response_length += len(piece)
+
+    def _send_rest(self) -> None:
+        handler, transfer = self._handler, self._transfer
+        before = transfer.delivered
+        try:
+            move(transfer)
+        except OSError as err:
+            if err.errno in _DISK_ERRORS:
+                raise
+            self._note(err)
+            raise
+        finally:
+            handler.response_length += transfer.delivered - before
+
+    def _note(self, err: OSError) -> None:
+        """Have the handler know of an error of its socket, as its own sends do."""
+        handler = self._handler
+        handler.status = f"socket error: {err}"
+        if handler.code > 0:
+            handler.code = -handler.code

@@ -1,0 +1,103 @@
+"""The replacements for ``shutil.copyfileobj``, and for what ``copyfile`` and its like build on."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from typing import Any, Final
+
+from .._counters import counters
+from .._ends.end import End
+from .._ends.file import File
+from .._ends.recognise import NotOurs, different_files, regular_file, sink, source
+from .._move.move import move
+from .._move.transfer import Transfer
+
+#: What ``copyfile``, and so ``copy``, ``copy2``, ``copytree`` and ``move``, call for the contents:
+#: the first since CPython 3.8, the second in the versions that have it.
+_FAST_COPIES: Final = [
+    name for name in ("_fastcopy_sendfile", "_fastcopy_copy_file_range") if hasattr(shutil, name)
+]
+
+__implements__ = ["copyfileobj", *_FAST_COPIES]
+
+#: What was there before this was patched in.
+originals: Final[dict[str, Any]] = {name: getattr(shutil, name) for name in __implements__}
+
+#: What the originals call. Whoever has replaced one of these wants it to be called.
+_calls: Final = {
+    name: getattr(os, name)
+    for name in ("fstat", "sendfile", "copy_file_range")
+    if hasattr(os, name)
+}
+
+#: The largest *length* taken: the original reads pieces of that size into memory, and fails where
+#: it can't.
+_MOST_LENGTH: Final = 1 << 30
+
+
+def copyfileobj(fsrc: Any, fdst: Any, length: int = 0) -> None:
+    """Copy from *fsrc*, where it stands, to *fdst*, where it stands, until *fsrc* ends.
+
+    Between regular files, files of plain gevent stream sockets (``makefile()``) and pipes the bytes
+    move inside the kernel, and waiting happens on the hub; anything else goes to the original.
+    *length*, a number of bytes, is the original's size of a piece and makes no difference then.
+    Both objects are left where the copy stopped, also on an error.
+
+    Raises what reading from *fsrc* and writing to *fdst* raise.
+    """
+    try:
+        if length and not (type(length) is int and -1 <= length <= _MOST_LENGTH):
+            raise NotOurs("arguments")
+        src, dst = source(fsrc), sink(fdst)
+        different_files(src, dst)
+        if length and length < 0 and not isinstance(src, File) and src.must_read_on:
+            raise NotOurs("arguments")  # a response does not stop at the end of its body then
+    except NotOurs as reason:
+        counters.fell_back(reason.args[0])
+    else:
+        if isinstance(src, File) and _original_is_faster(src, dst):
+            counters.fell_back("small")
+        elif move(Transfer(src, dst)):
+            return
+    originals["copyfileobj"](fsrc, fdst, length)
+
+
+def _original_is_faster(src: File, dst: End) -> bool:
+    """Say whether there is little left of *src*, and no disk to wait for on either side."""
+    left = src.left()
+    if left <= 0 or not src.is_small() or src.ready(left) < left:
+        return False
+    return not (isinstance(dst, File) and dst.write_waits(left))
+
+
+def _fast_copy(name: str) -> Any:
+    def fast_copy(fsrc: Any, fdst: Any) -> None:
+        try:
+            if any(getattr(os, call) is not function for call, function in _calls.items()):
+                raise NotOurs("replaced")
+            src, dst = regular_file(fsrc), sink(fdst)
+            if not isinstance(dst, File):
+                raise NotOurs("destination_type")
+            different_files(src, dst)
+            if _original_is_faster(src, dst):
+                raise NotOurs("small")
+        except NotOurs as reason:
+            counters.fell_back(reason.args[0])
+            originals[name](fsrc, fdst)
+            return
+        transfer = Transfer(src, dst)
+        try:
+            move(transfer)
+        except OSError as err:
+            if transfer.delivered or err.errno == errno.ENOSPC:  # else, copyfileobj() raises it
+                err.filename, err.filename2 = fsrc.name, fdst.name
+            raise
+
+    fast_copy.__name__ = fast_copy.__qualname__ = name
+    fast_copy.__doc__ = originals[name].__doc__
+    return fast_copy
+
+
+globals().update({name: _fast_copy(name) for name in _FAST_COPIES})

@@ -1,0 +1,151 @@
+"""The replacements for ``sendfile`` and ``_sendfile_use_sendfile`` of gevent's socket class."""
+
+from __future__ import annotations
+
+import os
+import socket as stdlib_socket
+from io import BufferedReader, FileIO
+from socket import SOCK_STREAM
+from typing import Any, Final
+
+from gevent.socket import socket as GeventSocket
+
+from .._counters import counters
+from .._ends.exact_type import overrides_nothing
+from .._ends.recognise import NotOurs, regular_file, stream_socket
+from .._ends.small import SMALL_FILE
+from .._move.memory import through_memory
+from .._move.move import move, move_inside_kernel
+from .._move.transfer import Transfer
+from .._os.linux import RWF_NOWAIT
+from ..config import settings
+
+__implements__ = ["sendfile", "_sendfile_use_sendfile"]
+
+#: What was there before this was patched in.
+originals: Final[dict[str, Any]] = {name: getattr(GeventSocket, name) for name in __implements__}
+
+#: For :func:`_send_small`, which takes one out while it has bytes in it.
+_buffers: Final[list[bytearray]] = []
+_ONE_BYTE: Final = (bytearray(1),)
+
+_GiveupOnSendfile: type[Exception] = stdlib_socket._GiveupOnSendfile  # type: ignore[attr-defined]
+
+
+def sendfile(self: Any, file: Any, offset: int = 0, count: int | None = None) -> int:
+    """Send *file* until end of file, or *count* bytes of it; return the number of bytes sent.
+
+    A regular file goes to a plain TCP or Unix stream socket by splice(2), waiting on the hub;
+    anything else goes to gevent's own ``sendfile``, which this one equals in arguments, checks,
+    exceptions, and in timeouts, which apply to each wait. An *offset* that is false means where the
+    file stands. The file is left where sending stopped, also on an error.
+
+    Raises ValueError and TypeError for arguments as gevent does, OSError and TimeoutError of the
+    socket, OSError of the file.
+    """
+    sent = _send_small(self, file, offset, count)
+    return _send(self, file, offset, count) if sent is None else sent
+
+
+def _send(sock: Any, file: Any, offset: int, count: int | None, sent: int = 0) -> int:
+    """Send from *offset* on; of *count*, *sent* bytes have gone already. Return the total."""
+    try:
+        dst = stream_socket(sock)
+        src = regular_file(file)
+        if type(offset) is not int:
+            raise NotOurs("arguments")
+    except NotOurs as reason:
+        counters.fell_back(reason.args[0])
+        rest = count - sent if sent and count is not None else count
+        return sent + originals["sendfile"](sock, file, offset, rest)  # type: ignore[no-any-return]
+    sock._check_sendfile_params(file, offset, count)
+    if offset:
+        src.seek(offset)
+    transfer = Transfer(src, dst, count, sent)
+    move(transfer)
+    return transfer.delivered
+
+
+def _send_small(sock: Any, file: Any, offset: int, count: int | None) -> int | None:
+    """Send all of a small resident file by two reads and one send, as fast as gevent's sendfile.
+
+    Without this short cut a small file takes two to three times as long, most of it to recognise
+    the two ends (benchmarks/file_to_socket.py). None: it is not that simple, and nothing has moved.
+    Lets out the errors of send(), with the file where sending was to begin.
+    """
+    if (
+        type(sock) is not GeventSocket
+        or type(file) is not BufferedReader
+        or not RWF_NOWAIT
+        or settings.offload == "always"
+        or (file.__dict__ and not overrides_nothing(file))
+        or sock.timeout == 0.0
+        or sock._sock.type != SOCK_STREAM
+        or type(offset) is not int
+        or offset < 0
+        or not (count is None or (type(count) is int and count > 0))
+    ):
+        return None
+    raw = file.raw
+    if type(raw) is not FileIO or raw.closed or not overrides_nothing(raw):
+        return None
+    fd = raw.fileno()
+    buffer = _buffers.pop() if _buffers else bytearray(SMALL_FILE + 1)
+    try:
+        try:
+            stands = file.tell()
+            if os.lseek(fd, 0, os.SEEK_CUR) != stands:
+                return None  # there is something in its buffer
+            position = offset or stands
+            view = memoryview(buffer)[:count]
+            number = os.preadv(fd, (view,), position, RWF_NOWAIT)
+            if not 0 < number <= SMALL_FILE:
+                return None
+            if number != count and os.preadv(fd, _ONE_BYTE, position + number, RWF_NOWAIT):
+                return None  # it is not at its end after so little
+        except OSError:  # not resident, or not a file that can tell
+            return None
+        try:
+            sent: int = sock._sock.send(view[:number])
+        except BlockingIOError:
+            return None
+        except BaseException:
+            file.seek(position)
+            raise
+    finally:
+        _buffers.append(buffer)
+    file.seek(position + sent)
+    counters.add_transfer("bytes_copied", sent)
+    return sent if sent == number else _send(sock, file, position + sent, count, sent)
+
+
+def _sendfile_use_sendfile(self: Any, file: Any, offset: int = 0, count: int | None = None) -> int:
+    """Send *file* inside the kernel or not at all, as CPython's method of this name does.
+
+    Unlike :func:`sendfile` it ignores what *file* has read ahead, and an *offset* that is false
+    means byte 0. Raises ``socket._GiveupOnSendfile`` if nothing can be sent this way; what is
+    refused later is read and sent.
+    """
+    self._check_sendfile_params(file, offset, count)
+    try:
+        src = regular_file(file)
+        if not src.status.st_size:
+            return 0
+        if self.gettimeout() == 0:
+            raise ValueError("non-blocking sockets are not supported")
+        dst = stream_socket(self)
+    except NotOurs as reason:
+        raise _GiveupOnSendfile(reason.args[0]) from None
+    src.offset = offset or 0
+    transfer = Transfer(src, dst, count)
+    try:
+        refused = move_inside_kernel(transfer)
+        if refused is not None:
+            if not transfer.delivered:
+                raise _GiveupOnSendfile(refused)
+            through_memory(transfer)  # to return less would mean that the file has ended
+    finally:
+        if transfer.delivered:
+            transfer.leave()
+        transfer.close()
+    return transfer.delivered

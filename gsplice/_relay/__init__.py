@@ -1,0 +1,1 @@
+"""Forwarding both ways between two stream sockets."""

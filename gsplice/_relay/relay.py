@@ -1,0 +1,231 @@
+"""``gsplice.relay``: forwarding both ways between two stream sockets."""
+
+from __future__ import annotations
+
+import _socket
+from socket import SOCK_STREAM
+from time import monotonic
+from typing import Any, Final, NamedTuple
+
+from gevent import get_hub
+from greenlet import getcurrent, greenlet
+
+from .._counters import counters
+from .._ends.recognise import NotOurs, stream_socket
+from .._os.fork import forked_error
+from .._os.hub import hub_to_serve
+from .direction import Spliced, ThroughMethods
+
+#: How often in an idle timeout the counts are looked at: it may be so much of it late.
+_LOOKS: Final = 8
+
+#: Seconds between two looks at the most; libuv knows no timer without end.
+_SELDOM: Final = 3600.0
+
+
+class RelayResult(NamedTuple):
+    """How many bytes :func:`relay` has delivered each way."""
+
+    a_to_b: int
+    b_to_a: int
+
+
+def relay(
+    a: Any,
+    b: Any,
+    *,
+    idle_timeout: float | None = None,
+    initial: tuple[bytes, bytes] = (b"", b""),
+) -> RelayResult:
+    """Forward what *a* gives to *b*, and what *b* gives to *a*, until both have ended.
+
+    When one of them ends, and its last byte is delivered, the other is told (half-close), and may
+    go on sending. Both are left open for the caller to close, and neither may be used by anybody
+    else meanwhile. *initial* are bytes that the caller has received already, those of *a* and those
+    of *b*, as after reading the header of a CONNECT request: they go first, and count.
+
+    Plain gevent stream sockets of this hub (TCP, Unix) are spliced. Others go through their own
+    ``recv``, ``sendall`` and ``shutdown``; a TLS socket is told of the end, by ``unwrap``, when
+    both have ended, since it can't be half-closed.
+
+    Whatever is raised under way ends both directions at once, leaves nobody at work on the sockets,
+    and has an attribute ``relayed``: the :class:`RelayResult` so far. It is OSError
+    (ConnectionResetError, BrokenPipeError, ...) as the sockets give it, or EBADF if one is closed
+    meanwhile; TimeoutError if a wait takes longer than the timeout of the socket that is waited
+    for, as in ``recv`` and ``send``, or if neither direction delivers a byte for *idle_timeout*
+    seconds (up to an eighth more), so that the caller can tell such an end from a whole one; and
+    what is thrown into the calling greenlet. A relay that is under way when the process forks ends
+    in the child with OSError (ECANCELED).
+
+    Raises TypeError for what is no stream socket that waits on the hub, and ValueError for a socket
+    that is non-blocking or another hub's, for one socket at both ends, and for an *idle_timeout*
+    that is not above 0.
+    """
+    if a is b:
+        raise ValueError("a and b are the same socket; each direction needs a reader of its own")
+    if idle_timeout is not None and not idle_timeout > 0:
+        raise ValueError(f"idle_timeout must be above 0 seconds, or None, not {idle_timeout!r}")
+    both = _Both(*_directions(a, b, *(bytes(memoryview(each)) for each in initial)))
+    del initial  # a relay may live for long
+    try:
+        both.run(idle_timeout)
+    except BaseException as err:
+        err.relayed = both.result()  # type: ignore[attr-defined]
+        raise
+    return both.result()
+
+
+def _directions(
+    a: Any, b: Any, from_a: bytes, from_b: bytes
+) -> tuple[Spliced, Spliced] | tuple[ThroughMethods, ThroughMethods]:
+    ends = []
+    for name, sock in (("a", a), ("b", b)):
+        try:
+            ends.append(stream_socket(sock))
+        except NotOurs as reason:
+            _check(name, sock)
+            counters.fell_back(reason.args[0])
+    if len(ends) < 2:
+        return ThroughMethods(a, b, from_a), ThroughMethods(b, a, from_b)
+    one, other = ends
+    return Spliced(one, other, from_a), Spliced(other, one, from_b)
+
+
+def _check(name: str, sock: Any) -> None:
+    """Pass if the methods of *sock*, which is not taken, can be used instead."""
+    if hub_to_serve() is None:
+        raise ValueError(
+            "relay() waits, which can be done in a greenlet, but not in the hub itself"
+        )
+    if isinstance(sock, _socket.socket):
+        raise TypeError(
+            f"{name} is a native socket, which would block the hub: {sock!r}; use"
+            " gevent.socket.socket, or patch the socket module before the socket is made"
+        )
+    methods = ("recv", "sendall", "shutdown")
+    if not all(hasattr(sock, method) for method in methods):
+        raise TypeError(f"{name} must be a socket with {', '.join(methods)}, not {sock!r}")
+    if getattr(sock, "type", SOCK_STREAM) != SOCK_STREAM:
+        raise TypeError(f"{name} must be a stream socket, not {sock!r}")
+    if getattr(sock, "timeout", None) == 0.0:
+        raise ValueError(f"{name} has timeout 0, so it can't be waited for: {sock!r}")
+    if getattr(sock, "hub", get_hub()) is not get_hub():
+        raise ValueError(f"{name} belongs to the hub of another thread: {sock!r}")
+
+
+class _Both:
+    """Both directions of a relay: *there* in the calling greenlet, *back* in one of its own.
+
+    The two wake and end each other by callbacks of the loop only, as gevent's greenlets do: to
+    unwind one where the loop has called another may close a timer that is due as well, and libuv
+    keeps a list of these on the hub's stack, which is not in its place then.
+    """
+
+    __slots__ = (
+        "_back",
+        "_back_ended",
+        "_caller",
+        "_error",
+        "_hub",
+        "_start",
+        "_there",
+        "_waiting",
+    )
+
+    def __init__(self, there: Spliced | ThroughMethods, back: Spliced | ThroughMethods) -> None:
+        self._there = there
+        self._back = back
+        self._back_ended = False
+        self._hub = get_hub()
+        #: The calling greenlet, until one direction has failed.
+        self._caller: Any = getcurrent()
+        #: The calling greenlet, while it does nothing but wait for *back* to end.
+        self._waiting: Any = None
+        #: The callback that starts *back*, until it has.
+        self._start: Any = None
+        #: What the calling greenlet has to raise.
+        self._error: BaseException | None = None
+
+    def result(self) -> RelayResult:
+        """Return what has been delivered so far."""
+        return RelayResult(self._there.delivered, self._back.delivered)
+
+    def run(self, idle_timeout: float | None) -> None:
+        """Run both until both have ended, or one has failed. On exit neither runs.
+
+        If the calling greenlet is thrown something else while it ends the other direction, that
+        one ends in the loop's next turn, before anything else happens.
+        """
+        loop = self._hub.loop
+        timer = None if idle_timeout is None else self._end_when_idle(idle_timeout)
+        other = greenlet(self._run_back, self._hub)
+        try:
+            self._start = loop.run_callback(other.switch)
+            self._forward(self._there)
+            self._wait_for_back()
+            if self._error is not None:
+                raise self._error
+            self._there.finish()
+            self._back.finish()
+        finally:
+            self._caller = self._error = None
+            if self._start is not None:
+                self._start.stop()
+            if timer is not None:
+                timer.close()
+            if other:  # it has begun and not ended
+                loop.run_callback(other.throw)  # GreenletExit
+                self._wait_for_back()
+
+    def _forward(self, direction: Spliced | ThroughMethods) -> None:
+        direction.run()
+        # After a reset one direction gets the error, and then the other one an end of file.
+        if self._error is None and self._caller is not None:
+            direction.half_close()
+
+    def _run_back(self) -> None:
+        self._start = None
+        try:
+            self._forward(self._back)
+        except BaseException as err:  # noqa: BLE001  (the calling greenlet raises it)
+            self._error = err
+        self._back_ended = True
+        self._hub.loop.run_callback(self._tell)
+
+    def _wait_for_back(self) -> None:
+        try:
+            while not self._back_ended:
+                self._waiting = getcurrent()
+                self._hub.switch()
+        finally:
+            self._waiting = None
+
+    def _tell(self) -> None:
+        """Run by the loop: raise the error in the calling greenlet, or say that *back* ended."""
+        error, self._error = self._error, None
+        if error is not None and self._caller is not None:
+            self._caller.throw(error)
+        elif self._waiting is not None:
+            self._waiting.switch()
+
+    def _end_when_idle(self, timeout: float) -> Any:
+        """Return a timer that has the calling greenlet raise TimeoutError."""
+        seen = self.result()
+        since = monotonic()
+
+        def look() -> None:
+            nonlocal seen, since
+            if not self._there.is_ours():
+                self._error = forked_error()
+                self._hub.loop.run_callback(self._tell)
+            elif self.result() != seen:
+                seen, since = self.result(), monotonic()
+            elif monotonic() - since >= timeout:
+                text = f"neither direction has delivered a byte for {timeout:g} seconds"
+                self._error = TimeoutError(text)
+                self._hub.loop.run_callback(self._tell)
+
+        every = min(max(timeout / _LOOKS, 0.001), _SELDOM)
+        timer = self._hub.loop.timer(every, every)
+        timer.start(look)
+        return timer
