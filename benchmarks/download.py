@@ -27,7 +27,7 @@ from _measure import GiB, KiB, MiB, Report, Sample, alternate, timed
 from _report import in_words
 
 import gsplice
-from gsplice.config import SMALL_BODY
+from gsplice._ends.small import SMALL_BODY
 
 SIZES = (64 * KiB, 1 * MiB, 2 * MiB, 8 * MiB, 64 * MiB)
 

@@ -35,8 +35,9 @@ from _measure import (
 from gevent.socket import socket as GeventSocket
 
 import gsplice
-from gsplice.config import PIECE, settings
-from gsplice.residency import Residency
+from gsplice._ends.page_cache import Residency
+from gsplice._move.account import PIECE
+from gsplice.config import settings
 
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
 from slowfs import SlowFS

@@ -19,8 +19,8 @@ import gevent.socket
 import pytest
 
 import gsplice
-from gsplice import residency
-from gsplice._linux import filesystem_type
+from gsplice._ends import page_cache
+from gsplice._os.linux import filesystem_type
 
 #: The name of a socket pair, and the same through a real connection.
 Pair = tuple[gevent.socket.socket, gevent.socket.socket]
@@ -54,8 +54,8 @@ def some_types() -> dict[int, tuple[int | None, float]]:
 @pytest.fixture(autouse=True)
 def filesystems_known(some_types: dict[int, tuple[int | None, float]]) -> None:
     """What a thread learns in the course of a first transfer is known in every test."""
-    residency._types.clear()
-    residency._types.update(some_types)
+    page_cache._types.clear()
+    page_cache._types.update(some_types)
 
 
 @pytest.fixture(autouse=True)
@@ -138,8 +138,9 @@ def receiver(sock: Any) -> gevent.Greenlet:
 
 
 def open_descriptors() -> int:
-    """Count the descriptors of this process."""
-    return len(os.listdir("/proc/self/fd")) - 1
+    """Count the descriptors of this process, but for those of /dev/null, of which one is kept."""
+    links = (f"/proc/self/fd/{fd}" for fd in os.listdir("/proc/self/fd"))
+    return sum(os.path.lexists(link) and os.readlink(link) != os.devnull for link in links)
 
 
 def digest(data: bytes) -> str:
@@ -174,3 +175,17 @@ def run_program(program: str, *arguments: object, **environ: object) -> str:
     assert done.stderr == ""
     assert done.returncode == 0
     return done.stdout
+
+
+@contextlib.contextmanager
+def no_pipe_to_be_had(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Have the pool lend no pipe."""
+    monkeypatch.setattr(gsplice.config.settings, "max_pipes", 0)
+    taken = []
+    while (pipe := gsplice.pipes.acquire()) is not None:
+        taken.append(pipe)
+    try:
+        yield
+    finally:
+        for pipe in taken:
+            gsplice.pipes.release(pipe)

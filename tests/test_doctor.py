@@ -120,7 +120,7 @@ def test_a_directory_that_may_not_be_read() -> None:
     with tempfile.TemporaryDirectory() as closed:  # nobody else's
         run_program(f"""
 import os
-from gsplice import _findings
+from gsplice._doctor import findings as _findings
 [*_findings.examine(["/"])]  # which imports what the user may not be able to read
 os.setgroups([])
 os.setuid(65534)
@@ -161,9 +161,11 @@ def test_a_pipe_smaller_than_the_limit_of_the_system_allows() -> None:
 ORDINARY = """
 import os, random, resource, sys
 import gsplice
-from gsplice import _findings, _idle, _trials, pipes
+from gsplice import pipes
+from gsplice._doctor import findings as _findings, trials as _trials
+from gsplice._pool import idle as idle_module
 [*_findings.examine(["/"])]  # which imports what the user may not be able to read
-for idle in _idle.idle_lists():
+for idle in idle_module.idle_lists():
     while idle:
         idle.pop().close()
 hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
@@ -215,7 +217,7 @@ assert gsplice.stats().pipes_in_use == 0
 def test_what_was_patched_before_stays_so_and_nothing_else_does() -> None:
     run_program("""
 import shutil, gsplice
-from gsplice import _findings
+from gsplice._doctor import findings as _findings
 original = shutil.copyfileobj
 [*_findings.examine(["."])]
 assert shutil.copyfileobj is original
@@ -232,7 +234,7 @@ def test_elsewhere_than_on_linux() -> None:
 import sys
 sys.platform = "darwin"
 sys.modules["fcntl"] = sys.modules["resource"] = None
-from gsplice import _findings
+from gsplice._doctor import findings as _findings
 [finding] = _findings.examine(["."])
 assert finding.attention and "needs Linux" in finding.to_do
 """)

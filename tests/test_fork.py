@@ -21,8 +21,9 @@ import gc, json, os, sys, threading, warnings
 warnings.simplefilter('ignore', DeprecationWarning)  # of forking with threads
 {patching}
 import gevent, gevent.monkey, gevent.os, gevent.socket, gsplice
-from gsplice import _idle, _pipe, pipes
-from gsplice._stats import counters
+from gsplice import pipes
+from gsplice._pool import idle as idle_module, lending, pipe as pipe_module
+from gsplice._counters import counters
 from gsplice.pipes import acquire, release
 
 def inode(pipe):
@@ -91,7 +92,7 @@ def leave_to_all():
     release(pipe)
 gevent.monkey.get_original('_thread', 'start_new_thread')(leave_to_all, ())
 with gevent.Timeout(30):
-    while not _idle.shared:  # until the thread has ended
+    while not idle_module.shared:  # until the thread has ended
         gevent.sleep(0.001)
 while idle:
     release(idle.pop())
@@ -145,7 +146,7 @@ def test_a_grandchild_has_none_of_its_ancestors_pipes() -> None:
         FORKS["gevent.os.fork"]
         + """
 release(acquire())
-first = inode(pipes._here.idle[0])
+first = inode(lending._local.idle[0])
 def child():
     pipe = acquire()
     second = inode(pipe)
@@ -200,19 +201,19 @@ def test_a_pipe_that_another_thread_is_making_does_not_count_in_the_child() -> N
     run_program(
         FORKS["os.fork"]
         + """
-key = next(_pipe.keys)
-assert _pipe.reserve(key, 9)
+key = next(pipe_module.keys)
+assert pipe_module.reserve(key, 9)
 def child():
     assert gsplice.stats().pipes_in_use == 0
     assert None not in [acquire() for _ in range(5)]
 fork(child)
-assert _pipe.alive.pop(key) is None
+assert pipe_module.alive.pop(key) is None
 """,
         GSPLICE_MAX_PIPES=5,
     )
 
 
-@pytest.mark.parametrize("lock", ["pipes._lock", "counters._lock"])
+@pytest.mark.parametrize("lock", ["lending._lock", "counters._lock"])
 def test_forking_while_another_thread_holds_a_lock(lock: str) -> None:
     run_program(
         "import faulthandler; faulthandler.dump_traceback_later(30, exit=True)\n"

@@ -97,6 +97,6 @@ def test_a_file_is_uploaded_from_where_it_stands(
     assert (answer, requests) == wanted[:2]
     assert requests[0][1] == digest(path.read_bytes()[position:])
     assert stands == size  # gevent's own seeks to the number of bytes sent
-    way = grown.bytes_sendfile if size - position > SMALL else grown.bytes_copied
+    way = grown.bytes_spliced if size - position > SMALL else grown.bytes_copied
     assert way == size - position
     assert grown.fallbacks == {}

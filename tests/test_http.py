@@ -35,7 +35,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import gsplice
-from gsplice import config, recognise
+from gsplice import config
+from gsplice._ends import recognise
+from gsplice._move import splice
 
 SOL_SOCKET, SO_LINGER = gevent.socket.SOL_SOCKET, gevent.socket.SO_LINGER
 
@@ -457,7 +459,7 @@ def test_copy_with_a_count(tmp_path, sent, count):
 
 
 def no_pipes(monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.setattr(gsplice.pipes, "acquire", lambda: None)
+    monkeypatch.setattr(splice, "acquire", lambda: None)
     return "no_pipe"
 
 

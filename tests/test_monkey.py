@@ -43,7 +43,7 @@ with tempfile.TemporaryFile() as f:
     assert a.sendfile(f) == 200_000
     receiving.get()
 a.close(); b.close()
-print(gsplice.stats().bytes_sendfile)
+print(gsplice.stats().bytes_spliced)
 """
 
 

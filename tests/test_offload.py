@@ -31,6 +31,7 @@ from conftest import (
     digest,
     ended_with,
     file_of,
+    no_pipe_to_be_had,
     open_descriptors,
     run_program,
     some_bytes,
@@ -42,8 +43,10 @@ from test_kill import Victim, assert_clean
 from test_residency import drop
 
 import gsplice
-from gsplice import offload
-from gsplice.config import SMALL, settings
+from gsplice._ends.small import SMALL_FILE as SMALL
+from gsplice._threads import descriptor, job
+from gsplice._threads import threads as threads_module
+from gsplice.config import settings
 
 unpatched_copyfileobj = get_original("shutil", "copyfileobj")
 
@@ -106,8 +109,8 @@ def with_a_cold_file(test: Callable[..., None]) -> Callable[..., None]:
     return until_cold
 
 
-def hub_threads() -> offload.Threads:
-    threads = offload.threads()
+def hub_threads() -> threads_module.Threads:
+    threads = threads_module.threads()
     assert threads is not None
     return threads
 
@@ -271,7 +274,7 @@ def test_cold_then_warm_then_cold(tmp_path: Path) -> None:
         dst, finish = ends.sink("bare_unix")
         assert dst.sendfile(src) == size
         assert digest(finish()) == digest(some_bytes(size))
-    assert grown.bytes_sendfile >= 8 * MiB
+    assert grown.bytes_spliced >= 8 * MiB
     needed_a_thread(grown)
     assert moved(grown) == size
 
@@ -293,19 +296,6 @@ def test_a_cold_file_to_a_slow_reader(tmp_path: Path) -> None:
     assert digest(bytes(received)) == digest(some_bytes(size))
     needed_a_thread(grown)
     assert moved(grown) == size
-
-
-@contextlib.contextmanager
-def no_pipe_to_be_had(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(settings, "max_pipes", 0)
-    taken = []
-    while (pipe := gsplice.pipes.acquire()) is not None:
-        taken.append(pipe)
-    try:
-        yield
-    finally:
-        for pipe in taken:
-            gsplice.pipes.release(pipe)
 
 
 @pytest.mark.parametrize("way", TO_ANY)
@@ -552,8 +542,8 @@ def test_killed_in_the_queue_of_a_filesystem_that_does_nothing_else(
 #: What a user who neither owns the file nor may write it sees of it.
 STRANGER = """
 import ctypes, os, sys, gevent, gevent.socket, gevent.threadpool, gsplice
-from gsplice._linux import in_core
-from gsplice.residency import Residency, learning
+from gsplice._os.linux import in_core
+from gsplice._ends.page_cache import Residency, learn_filesystems
 gsplice.patch_all()
 path, = sys.argv[1:]
 ours, theirs = gevent.socket.socketpair()
@@ -563,7 +553,7 @@ if os.getuid() == 0:
 size = os.fstat(src.fileno()).st_size
 assert in_core(src.fileno(), 0, size), 'the kernel has told the truth'
 status = os.fstat(src.fileno())
-learning((status.st_dev,), lambda fd: None, src.fileno())
+learn_filesystems((status.st_dev,), lambda fd: None, src.fileno())
 assert Residency(status).ready(src.fileno(), 0, size) == 0
 sending = gevent.spawn(ours.sendfile, src)
 for _ in range(20):
@@ -957,7 +947,7 @@ def test_what_is_written_to_memory_needs_no_thread(tmp_path: Path) -> None:
         assert sock.sendfile(src) == len(data)
         assert digest(finish()) == digest(data)
     assert grown.offloads == 0
-    assert grown.bytes_spliced == grown.bytes_sendfile == len(data)
+    assert grown.bytes_spliced == 2 * len(data)
 
 
 @pytest.mark.parametrize("place", ["disk", "slow"])
@@ -1046,7 +1036,7 @@ if pid == 0:
     gevent.sleep(0)
     print(json.dumps([left, error, moved, after.pipes_in_use]), flush=True)
     # A thread of its own serves the child.
-    print(gsplice.offload.threads().run((), lambda: 'served', (), (), ()), flush=True)
+    print(gsplice._threads.threads.threads().run((), lambda: 'served', (), (), ()), flush=True)
     os._exit(0)
 assert os.waitpid(pid, 0)[1] == 0
 print('forked', flush=True)
@@ -1196,7 +1186,7 @@ def test_always(tmp_path: Path, way: str, size: int, monkeypatch: pytest.MonkeyP
     assert got[1:] == (digest(some_bytes(size)), size)
     assert moved(grown) == size
     assert grown.offloads > 0
-    assert grown.bytes_sendfile == 0
+    assert grown.bytes_spliced == 0
 
 
 #: Starts a dozen transfers of held files.
@@ -1257,12 +1247,12 @@ def test_a_lock_outlives_a_copy(tmp_path: Path, end: str) -> None:
         other = "import fcntl, sys; fcntl.lockf(open(sys.argv[1], 'rb+'), 6)  # LOCK_EX | LOCK_NB"
         refused = subprocess.run([sys.executable, "-c", other, locked.name], capture_output=True)
         assert b"BlockingIOError" in refused.stderr
-        kept = len(offload._kept)
+        kept = len(descriptor._kept)
     assert grown.offloads > 0
     assert kept == 1
     with path.open("rb") as src, (tmp_path / "to2").open("wb") as dst:
         gsplice.copyfileobj(src, dst)  # closes what was kept
-    assert not offload._kept
+    assert not descriptor._kept
 
 
 @pytest.mark.parametrize("times", [1, 3])
@@ -1279,7 +1269,7 @@ def test_a_locked_file_costs_one_descriptor_however_often_it_is_copied(
                 sock, finish = ends.sink("bare_unix")
                 assert sock.sendfile(src) == 300 * KiB
                 assert digest(finish()) == digest(some_bytes(300 * KiB))
-        until(lambda: len(offload._kept) == 1)
+        until(lambda: len(descriptor._kept) == 1)
     assert grown.offloads >= times
 
 
@@ -1350,7 +1340,7 @@ def test_where_no_thread_can_be_started_the_job_is_done_here(
         raise RuntimeError("can't start new thread")
 
     size = 3 * MiB
-    threads_of_its_own = offload.Threads(gevent.get_hub())
+    threads_of_its_own = threads_module.Threads(gevent.get_hub())
     monkeypatch.setitem(gevent.get_hub().__dict__, "_gsplice_threads", threads_of_its_own)
     with monkeypatch.context() as patch:
         patch.setattr(gevent.threadpool.ThreadPool, "_add_thread", no_thread)
@@ -1389,7 +1379,7 @@ def test_a_pipe_belongs_to_one_side_whenever_its_greenlet_is_killed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The kill comes when the thread has done its job, and has not said so yet."""
-    take, hub_thread = offload._take, threading.get_ident()
+    take, hub_thread = job._take, threading.get_ident()
     arrived, gate = get_original("threading", "Event")(), get_original("threading", "Event")()
     taken_by_thread: list[int] = []
 
@@ -1414,7 +1404,7 @@ def test_a_pipe_belongs_to_one_side_whenever_its_greenlet_is_killed(
         finally:
             gsplice.pipes.release(pipe)
 
-    monkeypatch.setattr(offload, "_take", take_slowly)
+    monkeypatch.setattr(job, "_take", take_slowly)
     going = gevent.spawn(transfer)
     until(arrived.is_set)
     going.kill()

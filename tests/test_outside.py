@@ -15,7 +15,7 @@ QUICK = ("sendfile", "fileobject", "httpservers", "shutil")
 
 #: A counter that has to move, or the suite has tested nothing of gsplice.
 USES = {
-    "sendfile": "bytes_sendfile",
+    "sendfile": "bytes_spliced",
     "httpservers": "fallbacks",
     "shutil": "bytes_copy_file_range",
     "zipfile": "fallbacks",

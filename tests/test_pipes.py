@@ -18,8 +18,12 @@ import pytest
 from conftest import counting, receiver, run_program, some_bytes
 
 import gsplice
-from gsplice import _idle, _pipe, pipes
-from gsplice.config import LOW_WATER, settings
+from gsplice import pipes
+from gsplice._pool import idle as idle_module
+from gsplice._pool import lending
+from gsplice._pool import pipe as pipe_module
+from gsplice._pool.idle import LOW_WATER
+from gsplice.config import settings
 from gsplice.pipes import IDLE, UNKNOWN, Pipe, acquire, release
 
 KiB = 1024
@@ -28,7 +32,7 @@ MiB = 1024 * KiB
 
 def empty_the_pool() -> None:
     """Close every idle pipe."""
-    for idle in _idle.idle_lists():
+    for idle in idle_module.idle_lists():
         while idle:
             idle.pop().close()
 
@@ -40,10 +44,10 @@ def limits(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
     def limit(**values: int) -> None:
         for name, value in values.items():
             monkeypatch.setattr(settings, name, value)
-        monkeypatch.setattr(pipes._keeper().home, "room", settings.max_idle_hub)
+        monkeypatch.setattr(lending._keeper().home, "room", settings.max_idle_hub)
 
     gevent.get_hub()
-    pipes._keeper().watch()
+    lending._keeper().watch()
     release(lend())  # the thread has its list now
     empty_the_pool()
     yield limit
@@ -88,7 +92,7 @@ def assert_balanced() -> None:
     in_use, idle = figures.pipes_in_use, figures.pipes_idle
     assert figures.pipes_created == figures.pipes_closed + in_use + idle
     assert min(in_use, idle, figures.pipes_closed, figures.acquired_local) >= 0
-    assert len(_pipe.alive) == in_use + idle
+    assert len(pipe_module.alive) == in_use + idle
 
 
 # Acquiring and releasing
@@ -125,17 +129,17 @@ def test_a_pipe_comes_from_the_hub_then_from_all_then_from_the_kernel(
 def test_a_pipe_goes_back_to_the_hub_that_acquired_it(limits: Callable[..., None]) -> None:
     pipe = lend()
     in_thread(lambda: release(pipe))
-    assert pipes._here.idle == [pipe]
+    assert lending._local.idle == [pipe]
 
 
 def test_a_pipe_whose_hub_is_gone_goes_to_all(limits: Callable[..., None]) -> None:
     lent: list[Pipe] = []
     in_thread(lambda: lent.append(lend()))
     release(lent[0])
-    assert _idle.shared == lent
+    assert idle_module.shared == lent
     assert acquire() is lent[0]
     release(lent[0])
-    assert pipes._here.idle == lent
+    assert lending._local.idle == lent
 
 
 def test_the_newest_pipe_comes_first(limits: Callable[..., None]) -> None:
@@ -155,8 +159,8 @@ def test_a_released_pipe_goes_to_the_hub_then_to_all_then_away(limits: Callable[
             release(pipe)
     assert [pipe.pending for pipe in lent] == [IDLE, IDLE, IDLE, UNKNOWN]
     assert (grown.pipes_idle, grown.pipes_closed, grown.pipes_in_use) == (3, 1, -4)
-    assert lent[0] in pipes._here.idle
-    assert lent[1:3] == _idle.shared
+    assert lent[0] in lending._local.idle
+    assert lent[1:3] == idle_module.shared
     assert list(map(is_open, inodes)) == [True, True, True, False]
 
 
@@ -251,8 +255,10 @@ PROGRAM = """
 import contextlib, gc, os, resource, sys, threading
 from fcntl import F_GETPIPE_SZ, F_SETPIPE_SZ, fcntl
 import gevent, gevent.socket, gsplice
-from gsplice import _idle, _pipe, pipes
-from gsplice.config import LOW_WATER, settings
+from gsplice import pipes
+from gsplice._pool import idle as idle_module, lending, pipe as pipe_module
+from gsplice._pool.idle import LOW_WATER
+from gsplice.config import settings
 from gsplice.pipes import acquire, release
 MiB = 1 << 20
 
@@ -264,7 +270,7 @@ def balanced():
     in_use, idle = figures.pipes_in_use, figures.pipes_idle
     assert figures.pipes_created == figures.pipes_closed + in_use + idle, figures
     assert min(in_use, idle, figures.pipes_closed, figures.acquired_local) >= 0, figures
-    assert len(_pipe.alive) == in_use + idle, figures
+    assert len(pipe_module.alive) == in_use + idle, figures
     return figures
 
 def transfer(ends, size=3 * MiB):
@@ -377,7 +383,7 @@ release(pipe)
 transfer(ends)
 assert gsplice.stats().bytes_spliced == 3 * MiB
 assert gsplice.stats().acquired_new == 1
-pipes._here.idle.pop().close()
+lending._local.idle.pop().close()
 while take() > 8192:
     pass
 now = descriptors()
@@ -511,7 +517,7 @@ def close_interrupted(pipe: Pipe, at: int) -> bool:
 
     def trace(frame: Any, event: str, arg: object) -> Any:
         nonlocal lines
-        if frame.f_code.co_filename != _pipe.__file__:
+        if frame.f_code.co_filename != pipe_module.__file__:
             return None
         lines += event == "line"
         if lines == at and not theirs:
@@ -614,7 +620,7 @@ def test_a_burst_is_reclaimed_by_the_hub() -> None:
         PROGRAM
         + BURST_WITHOUT_GC
         + """
-_idle.RECLAIM_PERIOD = 0.05
+idle_module.RECLAIM_PERIOD = 0.05
 before = descriptors()
 for _ in range(2):
     burst()
@@ -640,7 +646,7 @@ def test_a_hub_reclaims_pipes_that_another_hub_made() -> None:
         PROGRAM
         + BURST_WITHOUT_GC
         + """
-_idle.RECLAIM_PERIOD = 0.05
+idle_module.RECLAIM_PERIOD = 0.05
 def other():
     burst()
     gevent.get_hub().destroy()
@@ -661,7 +667,7 @@ def test_a_hub_reclaims_pipes_that_its_predecessor_made() -> None:
         PROGRAM
         + BURST_WITHOUT_GC
         + """
-_idle.RECLAIM_PERIOD = 0.05
+idle_module.RECLAIM_PERIOD = 0.05
 burst()
 hub.destroy(destroy_loop=True)
 del hub
@@ -697,7 +703,7 @@ def test_pipes_lent_before_the_main_thread_has_a_hub_are_reclaimed() -> None:
         PROGRAM
         + WITHOUT_GC
         + """
-_idle.RECLAIM_PERIOD = 0.05
+idle_module.RECLAIM_PERIOD = 0.05
 assert gevent._hub_local.get_hub_if_exists() is None
 lent = [acquire() for _ in range(300)]
 while lent:
@@ -714,7 +720,7 @@ def test_a_hub_that_has_used_the_pool_reclaims_what_others_leave_later() -> None
         PROGRAM
         + BURST_WITHOUT_GC
         + """
-_idle.RECLAIM_PERIOD = 0.05
+idle_module.RECLAIM_PERIOD = 0.05
 release(acquire())
 gevent.sleep(0.2)
 def other():
@@ -748,10 +754,10 @@ def test_many_hubs_look_no_more_often_than_one() -> None:
         + """
 import time
 gc.disable()
-_idle.RECLAIM_PERIOD = 0.2
+idle_module.RECLAIM_PERIOD = 0.2
 looks = []
-look = _idle.reclaim
-_idle.reclaim = lambda: (looks.append(time.monotonic()), look())
+look = idle_module.reclaim
+idle_module.reclaim = lambda: (looks.append(time.monotonic()), look())
 done = threading.Event()
 def other():
     release(acquire())
@@ -801,7 +807,7 @@ def test_idle_pipes_keep_no_hub_running() -> None:
     run_program(
         PROGRAM
         + """
-_idle.RECLAIM_PERIOD = 3600
+idle_module.RECLAIM_PERIOD = 3600
 gevent.get_hub()
 release(acquire())
 assert gevent.get_hub().join(timeout=30) is True
@@ -903,14 +909,14 @@ def test_finalizers_and_reclamation_need_no_lock(limits: Callable[..., None]) ->
     idle = [lend() for _ in range(LOW_WATER + 2)]
     while idle:
         release(idle.pop())
-    with counting() as grown, pipes._lock:
+    with counting() as grown, lending._lock:
         del plain, cycle
         pipes.reclaim()
         pipes.reclaim()
         gc.collect()
-        assert len(_pipe.alive) == LOW_WATER
-        pipes._lock.release()  # counting() asks for it
-        pipes._lock.acquire()
+        assert len(pipe_module.alive) == LOW_WATER
+        lending._lock.release()  # counting() asks for it
+        lending._lock.acquire()
     assert (grown.pipes_closed, grown.pipes_idle) == (4, -2)
 
 
@@ -925,7 +931,7 @@ class Interrupted:
     def __exit__(self, *error):
         sys.settrace(None)
     def trace(self, frame, event, arg):
-        if frame.f_code.co_filename not in (pipes.__file__, _idle.__file__, _pipe.__file__):
+        if '/_pool/' not in frame.f_code.co_filename:
             return None
         if event == 'line':
             self.passed += 1
@@ -950,9 +956,9 @@ def use():
     pipe = acquire()
     assert pipe.read_fd >= 0
     release(pipe)
-    _idle.hand_over(pipes._here.idle)  # as when a hub is gone
-    while _idle.shared:
-        _idle.shared.pop().close()
+    idle_module.hand_over(lending._local.idle)  # as when a hub is gone
+    while idle_module.shared:
+        idle_module.shared.pop().close()
 
 failed = []
 def go_on_interrupted():
@@ -962,7 +968,7 @@ def go_on_interrupted():
         leaving = threading.Thread(target=leave_two)  # for the shared list
         leaving.start()
         leaving.join()
-        for pipe in _idle.shared:
+        for pipe in idle_module.shared:
             pipe.seen = pipe.uses  # one more look, and they are closed
         pipe = None
         interrupted = Interrupted(at)
@@ -992,27 +998,27 @@ assert balanced().pipes_in_use == 0
 INTERRUPTIONS = {
     "a cycle with a pipe is collected": """
 def interrupt():
-    pipe = pipes.Pipe(next(_pipe.keys), *os.pipe())
+    pipe = pipes.Pipe(next(pipe_module.keys), *os.pipe())
     pipe.uses = 0
     cycle = [pipe]; cycle.append(cycle)
     del pipe, cycle
     gc.collect()
 """,
     "reclaimed to the last": """
-_idle.LOW_WATER = 0
+idle_module.LOW_WATER = 0
 def interrupt():
     pipes.reclaim()
     pipes.reclaim()
 """,
     "a pipe is dropped": """
 def interrupt():
-    pipe = pipes.Pipe(next(_pipe.keys), *os.pipe())
+    pipe = pipes.Pipe(next(pipe_module.keys), *os.pipe())
     pipe.uses = 0
 """,
     "another thread takes and leaves": """
 def take_and_leave():
-    if pipes._lock.acquire(blocking=False):  # or the interrupted thread has it
-        pipes._lock.release()
+    if lending._lock.acquire(blocking=False):  # or the interrupted thread has it
+        lending._lock.release()
         pipe = acquire()
         if pipe is not None:
             release(pipe)
@@ -1049,7 +1055,7 @@ def interrupt():
         names.add(frame.f_code.co_name)
         frame = frame.f_back
     # Leaving a with block is Python's to protect; what finalizers raise, it prints.
-    if not pipes._lock._is_owned() and not names & {'__init__', 'close', '__del__', 'reclaim'}:
+    if not lending._lock._is_owned() and not names & {'__init__', 'close', '__del__', 'reclaim'}:
         raise Stop
 """
         + AT_EACH_LINE.replace(
@@ -1059,7 +1065,7 @@ def interrupt():
         + """
 for _ in range(3):
     gc.collect()
-assert len(_pipe.alive) == gsplice.stats().pipes_idle
+assert len(pipe_module.alive) == gsplice.stats().pipes_idle
 """,
         GSPLICE_MAX_IDLE_HUB=2,
         GSPLICE_MAX_IDLE=2,
@@ -1091,7 +1097,7 @@ class Owner:
         release(self.pipe)
 Owner()
 assert balanced().pipes_in_use == 1
-with pipes._lock:
+with lending._lock:
     gc.collect()
 assert balanced().pipes_in_use == 0
 """,
@@ -1149,7 +1155,7 @@ book, lent, counts = threading.Lock(), set(), []
 def watch():
     global passed
     while going:
-        passed = max(passed, len(_pipe.alive))
+        passed = max(passed, len(pipe_module.alive))
         time.sleep(0)
 watcher = threading.Thread(target=watch)
 watcher.start()

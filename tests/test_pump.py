@@ -24,10 +24,11 @@ from gevent.monkey import get_original
 from slowfs import SlowFS
 
 import gsplice
-from gsplice import recognise
-from gsplice._pump import _Tap
-from gsplice.endpoints import Socket
-from gsplice.transfer import Transfer, move
+from gsplice._ends import recognise
+from gsplice._ends.socket import Socket
+from gsplice._move.move import move
+from gsplice._move.to_disk import _Tap
+from gsplice._move.transfer import Transfer
 
 waitpid = get_original("os", "waitpid")  # gevent's may lose a child under libuv
 
@@ -178,7 +179,7 @@ def test_what_a_thread_may_take_counts_as_taken_meanwhile(
         nonlocal src
         src = Counted(None, None, sock)
         src.remains = len(DATA) - 1000
-        move(Transfer(), src, recognise.sink(dst))
+        move(Transfer(src, recognise.sink(dst)))
 
     with Held(tmp_path, slow, copy) as held:
         assert src.remains == 0

@@ -20,7 +20,7 @@ import pytest
 from conftest import counting, file_of, receive_all, some_bytes
 from gevent import pywsgi
 
-from gsplice._pywsgi import FileWrapper
+from gsplice._patches.pywsgi import FileWrapper
 
 BIG = 3 * 1024 * 1024 + 17
 App = Callable[[dict[str, Any], Callable[..., Any]], Any]
@@ -111,9 +111,9 @@ def test_a_file_goes_out_whole_with_its_length(
     assert body == path.read_bytes()
     assert headers["Content-Length"] == str(size)
     assert "Transfer-Encoding" not in headers
-    assert grown.bytes_sendfile + grown.bytes_copied == size
+    assert grown.bytes_spliced + grown.bytes_copied == size
     assert grown.transfers == 1
-    assert (grown.bytes_sendfile > 0) == (size > 65536)
+    assert (grown.bytes_spliced > 0) == (size > 65536)
     assert grown.fallbacks == {}
     assert server.errors.getvalue() == ""
 
@@ -148,7 +148,7 @@ def test_the_body_is_cut_to_the_declared_length_and_the_connection_kept(
         both = server.ask(request(close=False), request())
     first, second = both[: len(both) // 2], both[len(both) // 2 :]
     assert split(first)[2] == split(second)[2] == path.read_bytes()[5:1_000_005]
-    assert grown.bytes_sendfile + grown.bytes_copied == 2_000_000
+    assert grown.bytes_spliced + grown.bytes_copied == 2_000_000
 
 
 def test_a_file_shorter_than_declared_ends_the_connection(serve: Any, tmp_path: Path) -> None:
@@ -192,7 +192,7 @@ def test_http_1_0(serve: Any, tmp_path: Path, keep: bool) -> None:
         ours = serve(app).ask(asked, last)
     assert ours == serve(unpatched(app)).ask(asked, last)
     assert ours.count(b"HTTP/1.1 200 OK") == 1 + keep
-    assert grown.bytes_sendfile == 200_000 * (1 + keep)
+    assert grown.bytes_spliced == 200_000 * (1 + keep)
 
 
 @pytest.mark.parametrize("how", ["gzip", "bytes", "pipe"])
@@ -276,7 +276,7 @@ def test_a_client_that_goes_away_is_noted_as_pywsgi_notes_it(serve: Any, tmp_pat
     status, code, closing, length = noted[0]
     assert status.startswith("socket error: [Errno ")
     assert (code, closing) == (-200, True)
-    assert grown.bytes_sendfile < length < grown.bytes_sendfile + 500  # and the headers
+    assert grown.bytes_spliced < length < grown.bytes_sendfile + 500  # and the headers
     assert opened[0].closed
     assert server.errors.getvalue() == ""
 
@@ -448,7 +448,7 @@ def test_gunicorns_wrapper_is_recognised(serve: Any, tmp_path: Path) -> None:
     server.server.environ["wsgi.file_wrapper"] = Gunicorns
     with counting() as grown:
         assert split(server.ask(request()))[2] == path.read_bytes()
-    assert grown.bytes_sendfile == BIG
+    assert grown.bytes_spliced == BIG
 
 
 def test_a_file_behind_a_unix_socket(tmp_path: Path) -> None:
@@ -463,7 +463,7 @@ def test_a_file_behind_a_unix_socket(tmp_path: Path) -> None:
             sock.sendall(request().encode())
             assert split(receive_all(sock))[2] == path.read_bytes()
         server.stop()
-    assert grown.bytes_sendfile == BIG
+    assert grown.bytes_spliced == BIG
 
 
 @pytest.mark.parametrize("kind", ["empty", "proc", "memory"])

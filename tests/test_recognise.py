@@ -30,10 +30,11 @@ from gevent.fileobject import FileObjectPosix
 from gevent.monkey import get_original
 from kinds import FILE, PIPE, SINKS, SOCKET, SOURCES, Bench, ForeignRaw, PlainSubclass, as_class
 
-from gsplice import endpoints, recognise
-from gsplice.recognise import NotOurs, regular_file, sink, source, stream_socket
+from gsplice._ends import file, pipe, recognise
+from gsplice._ends import socket as socket_end
+from gsplice._ends.recognise import NotOurs, regular_file, sink, source, stream_socket
 
-ENDS = {FILE: endpoints.File, SOCKET: endpoints.Socket, PIPE: endpoints.Pipe}
+ENDS = {FILE: file.File, SOCKET: socket_end.Socket, PIPE: pipe.CallersPipe}
 
 BIG = some_bytes(5 << 20)
 
@@ -182,7 +183,7 @@ def test_recognising_imports_nothing():
     script = """
         import io, os, shutil, sys
         import gsplice
-        from gsplice.recognise import NotOurs, sink, source, stream_socket
+        from gsplice._ends.recognise import NotOurs, sink, source, stream_socket
 
         gsplice.patch_all()
 
@@ -297,7 +298,7 @@ def test_a_subclass_that_changes_nothing_is_taken(bench):
         assert sender.sendfile(bench.keep(bench.path(BIG).open("rb"))) == len(BIG)
         sender.close()
         assert received.get() == BIG
-    assert grown.bytes_sendfile == len(BIG)
+    assert grown.bytes_spliced == len(BIG)
 
 
 def test_the_plain_class_has_no_instance_dictionary(bench):
@@ -374,7 +375,7 @@ def test_bytes_sent_over_tls_are_encrypted_by_the_original(bench, size):
         assert sender.sendfile(bench.keep(open(bench.path(BIG[:size]), "rb"))) == size
         sender.shutdown(stdlib_socket.SHUT_WR)
         assert received.get() == BIG[:size]
-    assert grown.bytes_sendfile == grown.bytes_copied == 0
+    assert grown.bytes_spliced == grown.bytes_copied == 0
 
 
 def test_files_of_tls_sockets_are_copied_by_the_original(bench):
@@ -525,7 +526,7 @@ def test_sendfile_when_another_greenlet_closes_it(bench, victim, tcp):
     wanted = attempt(get_original("gevent._socket3.socket", "sendfile"))
     with counting() as grown:
         assert attempt(gevent.socket.socket.sendfile) == wanted
-    assert grown.bytes_sendfile > 0
+    assert grown.bytes_spliced > 0
 
 
 @pytest.mark.parametrize("victim", ["source", "sink"])
@@ -597,7 +598,7 @@ def test_what_socketserver_writes_to_is_its_socket(bench):
         shutil.copyfileobj(bench.keep(bench.path(BIG).open("rb")), writer)
     sender.close()
     assert receiving.get() == BIG
-    assert (grown.bytes_sendfile, grown.fallbacks) == (len(BIG), {})
+    assert (grown.bytes_spliced, grown.fallbacks) == (len(BIG), {})
 
 
 def test_what_else_socketserver_may_write_to_is_not_ours(bench):

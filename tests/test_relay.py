@@ -37,7 +37,8 @@ from switches import EXCEPTIONS, Stop, exception_at_switch, quickly
 from test_kill import Victim
 
 import gsplice
-from gsplice.config import READ, settings
+from gsplice._relay.direction import READ
+from gsplice.config import settings
 
 #: As in Go's TestSplice: the kinds of the two connections.
 KINDS = ["tcp-to-tcp", "unix-to-tcp", "tcp-to-unix", "unix-to-unix"]

@@ -14,10 +14,11 @@ from conftest import file_of, some_bytes
 from ends import KiB, MiB, mounted, until
 from slowfs import SlowFS
 
-from gsplice import _linux, residency
-from gsplice._linux import filesystem_type, in_core
-from gsplice.config import COLD_STRETCH, READ_AHEAD, STRIDE, settings
-from gsplice.residency import Residency, read_resident
+from gsplice._ends import page_cache
+from gsplice._ends.page_cache import COLD_STRETCH, READ_AHEAD, STRIDE, Residency, read_resident
+from gsplice._os import linux
+from gsplice._os.linux import filesystem_type, in_core
+from gsplice.config import settings
 
 EXT4, TMPFS, FUSE = 0xEF53, 0x01021994, 0x65735546
 
@@ -39,7 +40,7 @@ def warm(fd: int, offset: int, length: int) -> None:
 def asked(fd: int) -> Residency:
     """Return what is asked about the file, when a thread has learned its filesystem's type."""
     status = os.fstat(fd)
-    residency.learning((status.st_dev,), lambda fd: None, fd)
+    page_cache.learn_filesystems((status.st_dev,), lambda fd: None, fd)
     return Residency(status)
 
 
@@ -161,7 +162,7 @@ def test_the_stretch_grows(tmp_path: Path) -> None:
 def test_an_answer_is_believed_for_some_time(
     disk: int, believed: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(residency, "BELIEVED", believed)
+    monkeypatch.setattr(page_cache, "BELIEVED", believed)
     cache = asked(disk)
     assert cache.ready(disk, 0, 4 * MiB) == 4 * MiB
     drop(disk)
@@ -212,7 +213,7 @@ def test_the_kernels_own_files_need_no_disk() -> None:
 
 def test_a_type_is_not_asked_for_on_the_hub(memory: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """On FUSE, statfs(2) waits for the server."""
-    monkeypatch.setattr(residency, "_types", {})
+    monkeypatch.setattr(page_cache, "_types", {})
     cache = Residency(os.fstat(memory))
     assert cache.ready(memory, 0, 1) == 0
     assert cache.read(memory, 0, 1) is None
@@ -220,7 +221,7 @@ def test_a_type_is_not_asked_for_on_the_hub(memory: int, monkeypatch: pytest.Mon
     asked(memory)
     assert cache.ready(memory, 0, 1) == 1
     assert not cache.write_waits(1)
-    monkeypatch.setattr(residency, "TYPE_BELIEVED", -1)
+    monkeypatch.setattr(page_cache, "TYPE_BELIEVED", -1)
     assert cache.write_waits(1)
 
 
@@ -308,8 +309,8 @@ def test_without_ctypes_nothing_is_known(
     far: int, disk: int, memory: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "ctypes", None)
-    _linux._libc.cache_clear()
-    monkeypatch.setattr(residency, "_types", {})
+    linux._libc.cache_clear()
+    monkeypatch.setattr(page_cache, "_types", {})
     warm(far, 0, 8 * KiB)
     assert filesystem_type(memory) is None
     assert asked(far).ready(far, 0, 4 * KiB) == 0

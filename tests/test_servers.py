@@ -172,9 +172,9 @@ def header(name: str, answer: bytes) -> str:
 
 def sendfile_grown(server: Server, asked: bytes) -> tuple[bytes, int]:
     """Return the answer, and how many of its bytes went by sendfile."""
-    before = server.seen()["bytes_sendfile"]
+    before = server.seen()["bytes_spliced"]
     answer = server.ask(asked)
-    return answer, server.seen()["bytes_sendfile"] - before
+    return answer, server.seen()["bytes_spliced"] - before
 
 
 @pytest.mark.parametrize("path", FAST)
@@ -234,7 +234,7 @@ def test_gunicorn_with_an_application_loaded_before_the_fork(root: Path, worker:
         for _ in range(4):
             answer = server.ask(request("/plain/", close=False) + request("/stats"))
             assert content in answer
-            assert json.loads(answer[answer.rindex(b'{"pipes') :])["bytes_sendfile"] >= SIZE
+            assert json.loads(answer[answer.rindex(b'{"pipes') :])["bytes_spliced"] >= SIZE
 
 
 def test_hooks_of_gunicorn_see_the_application(root: Path, tmp_path: Path) -> None:
@@ -298,7 +298,7 @@ def test_socketserver(servers: Any, root: Path, way: str) -> None:
     before = json.loads(server.ask(b"stats\n"))
     assert server.ask(f"{way}\n".encode()) == (root / "file.bin").read_bytes()
     after = json.loads(server.ask(b"stats\n"))
-    assert after["bytes_sendfile"] - before["bytes_sendfile"] == SIZE
+    assert after["bytes_spliced"] - before["bytes_sendfile"] == SIZE
     assert (
         servers("socketserver", False).ask(f"{way}\n".encode()) == (root / "file.bin").read_bytes()
     )

@@ -41,7 +41,7 @@ from kinds import (
     as_class,
 )
 
-from gsplice.config import SMALL
+from gsplice._ends.small import SMALL_FILE as SMALL
 
 
 def unpatched_sendfile(*args: Any) -> int:
@@ -216,7 +216,7 @@ class Send:
         else:
             read_ahead = 1 << 18 if self.kind.name == "big buffer" else io.DEFAULT_BUFFER_SIZE
             assert grown.bytes_copied <= (read_ahead if self.ahead else 0)
-            assert grown.bytes_sendfile == expected - grown.bytes_copied
+            assert grown.bytes_spliced == expected - grown.bytes_copied
         assert grown.transfers == (1 if expected else 0)
 
 
@@ -456,7 +456,7 @@ def test_what_was_read_ahead_goes_first(bench, call, size):
         assert attempt(True, test) == wanted
     assert wanted.startswith(CONTENT[10:1000])
     assert wanted.endswith(bytes(1000))
-    assert bool(grown.bytes_sendfile) == (size > SMALL)
+    assert bool(grown.bytes_spliced) == (size > SMALL)
 
 
 @pytest.mark.parametrize("name", ["buffered", "socket", "pipe"])
@@ -527,7 +527,7 @@ def test_sendfile_to_a_receiver_that_does_not_read(bench, kind, ahead, offset, t
     assert got.error == wanted.error == (TimeoutError, None)
     assert arrived == BIG[start : start + len(arrived)]
     assert 0 < len(arrived) == moved(grown)
-    assert grown.bytes_sendfile > 0
+    assert grown.bytes_spliced > 0
     assert grown.fallbacks == {}
     assert got.source_at == start + len(arrived)
     assert got.next_bytes == BIG[got.source_at :][:7]

@@ -22,8 +22,8 @@ from werkzeug.wsgi import FileWrapper as Werkzeugs
 from werkzeug.wsgi import _RangeWrapper
 from whitenoise.responders import SlicedFile
 
-from gsplice._pywsgi import FileWrapper
-from gsplice._wsgi_files import find
+from gsplice._patches.pywsgi import FileWrapper
+from gsplice._patches.wsgi_results import find
 
 BIG = 1_000_003
 START, LENGTH = 100_001, 500_000
@@ -92,8 +92,8 @@ def test_a_wrapper_gives_the_file_from_where_it_stands(
     with counting() as grown:
         answer = serve(make, BIG - STANDS).ask(request())
     assert split(answer)[2] == path.read_bytes()[STANDS:]
-    assert (grown.bytes_sendfile + grown.bytes_copied, grown.transfers) == (BIG - STANDS, 1)
-    assert grown.bytes_sendfile > BIG - STANDS - 65536
+    assert (grown.bytes_spliced + grown.bytes_copied, grown.transfers) == (BIG - STANDS, 1)
+    assert grown.bytes_spliced > BIG - STANDS - 65536
     assert grown.fallbacks == {}
     assert opened[0].closed
 
@@ -115,7 +115,7 @@ def test_a_part_is_what_iterating_gives(serve: Any, path: Path, part: str, stand
         both = serve(make).ask(request(close=False), request())
     assert both.count(expected) == 2
     assert len(both) < 2 * LENGTH + 500
-    assert (grown.bytes_sendfile + grown.bytes_copied, grown.transfers) == (2 * LENGTH, 2)
+    assert (grown.bytes_spliced + grown.bytes_copied, grown.transfers) == (2 * LENGTH, 2)
     assert grown.fallbacks == {}
     # What iter() makes of a wrapper without an __iter__, as gunicorn's was, has no close() either.
     closes = "gunicorn" not in part or hasattr(Gunicorns, "__iter__")
@@ -237,7 +237,7 @@ def test_one_that_is_under_way_is_not_taken_or_goes_on(path: Path, part: str) ->
 def test_a_version_that_is_different_inside_is_not_taken(path: Path) -> None:
     with path.open("rb") as file:
         for part, attribute in ("_RangeWrapper", "iterable"), ("AppIterRange", "_pos"):
-            result = PARTS[f"gsplice._pywsgi {part}"](file)
+            result = PARTS[f"gsplice._patches.pywsgi {part}"](file)
             delattr(result, attribute)
             assert find(result) is None
         wrapper = _RangeWrapper(FileWrapper(file), START, LENGTH)
@@ -261,7 +261,7 @@ def test_a_range_without_an_end(serve: Any, path: Path) -> None:
         for make in (_RangeWrapper, lambda *args: AppIterRange(*args, None)):
             server = serve(lambda make=make: make(FileWrapper(path.open("rb")), START), BIG - START)
             assert split(server.ask(request()))[2] == path.read_bytes()[START:]
-    assert grown.bytes_sendfile == 2 * (BIG - START)
+    assert grown.bytes_spliced == 2 * (BIG - START)
 
 
 def test_closing_happens_once_and_by_the_result(serve: Any, path: Path) -> None:
@@ -277,12 +277,12 @@ def test_closing_happens_once_and_by_the_result(serve: Any, path: Path) -> None:
     with counting() as grown:
         serve(make).ask(request(), request("HEAD"))
     assert closed == ["result", "wrapper"]
-    assert grown.bytes_sendfile == LENGTH
+    assert grown.bytes_spliced == LENGTH
 
 
 def test_nothing_is_imported() -> None:
     program = "import sys, gsplice; gsplice.patch_all(); import gevent.pywsgi\n"
-    program += "from gsplice._wsgi_files import find; find([])\n"
+    program += "from gsplice._patches.wsgi_results import find; find([])\n"
     program += "print(*sorted({name.partition('.')[0] for name in sys.modules}))"
     imported = set(run_program(program).split())
     assert not imported & {"bottle", "django", "falcon", "flask", "gunicorn", "pyramid"}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from typing import Final
 
 from .._ends.page_cache import refuse_uncached
 from .._pool.lending import acquire, release
@@ -21,7 +20,9 @@ def file_to_file(transfer: Transfer) -> str | None:
     the calls, so reading and writing, which come last, meet the same error and raise it.
     """
     src = transfer.src
-    ways = [*_WAYS]
+    ways = [("bytes_copy_file_range", _by_copy_file_range), ("bytes_spliced", _by_splice)]
+    if not hasattr(os, "copy_file_range"):  # where Python was built with glibc < 2.27
+        del ways[0]
     while (asked := transfer.room(min(PIECE, src.left()))) > 0:
         counter, way = ways[0]
         copied = way(transfer, asked)
@@ -100,8 +101,3 @@ def _splice_range(
     finally:
         pipe.pending = pending
     return copied
-
-
-_WAYS: Final = [("bytes_copy_file_range", _by_copy_file_range), ("bytes_spliced", _by_splice)]
-if not hasattr(os, "copy_file_range"):  # where Python was built with glibc < 2.27
-    del _WAYS[0]

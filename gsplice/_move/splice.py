@@ -155,9 +155,9 @@ def fill(transfer: Transfer, pipe: Pipe, asked: int) -> int:
     fd = src.fileno()
     pipe.pending = UNKNOWN  # until the call has told: an exception may come in between
     if not isinstance(src, File):
-        filled = answer(os.splice, fd, pipe.write_fd, asked, None, None, SPLICE_FLAGS)
+        filled = answer(os.splice, fd, pipe.write_fd, asked, flags=SPLICE_FLAGS)
     elif ready := src.ready(asked):
-        filled = answer(os.splice, fd, pipe.write_fd, ready, src.offset, None, SPLICE_FLAGS)
+        filled = answer(os.splice, fd, pipe.write_fd, ready, src.offset, flags=SPLICE_FLAGS)
     else:
         asked = min(asked, COLD_PIECE)
         ahead = min(transfer.room(src.left()) - asked, COLD_PIECE)
@@ -189,9 +189,7 @@ def drain(transfer: Transfer, pipe: Pipe) -> int:
     dst = transfer.dst
     if isinstance(dst, File) and dst.write_waits(pipe.pending):
         return drain_to_disk(transfer, pipe)
-    drained: int = answer(
-        os.splice, pipe.read_fd, dst.fileno(), pipe.pending, None, None, SPLICE_FLAGS
-    )
+    drained: int = answer(os.splice, pipe.read_fd, dst.fileno(), pipe.pending, flags=SPLICE_FLAGS)
     if drained > 0:
         pipe.pending -= drained
         transfer.moved(drained, "bytes_spliced")
@@ -260,7 +258,7 @@ def _splice_directly(transfer: Transfer, asked: int) -> int:
                 transfer, asked, (src,), _splice_to_disk, asked, promised=lambda: asked
             )
         asked = asked or 1  # to learn whether it is at its end
-    return answer(os.splice, src.fileno(), dst.fileno(), asked, None, None, SPLICE_FLAGS)  # type: ignore[no-any-return]
+    return answer(os.splice, src.fileno(), dst.fileno(), asked, flags=SPLICE_FLAGS)  # type: ignore[no-any-return]
 
 
 def _splice_to_disk(src_fd: int, dst_fd: int, position: int, asked: int) -> int:

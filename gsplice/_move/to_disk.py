@@ -176,9 +176,7 @@ class _Tap:
                 if os.fstat(own.fd).st_ino != self._inode:
                     return 0  # closed, and its number is another's
                 most = min(self.left, PIECE)
-                filled: int = answer(
-                    os.splice, own.fd, pipe.write_fd, most, None, None, SPLICE_FLAGS
-                )
+                filled: int = answer(os.splice, own.fd, pipe.write_fd, most, flags=SPLICE_FLAGS)
             finally:
                 own.drop()
             if filled < 0:

@@ -19,10 +19,10 @@ _REFUSALS: Final = frozenset(
 )
 
 
-def answer(call: Callable[..., Any], *args: Any) -> Any:
-    """Call a system call; return what it does, or minus the errno of its OSError."""
+def answer(call: Callable[..., Any], *args: Any, **options: Any) -> Any:
+    """Make a system call; return what it does, or minus the errno of its OSError."""
     try:
-        return call(*args)
+        return call(*args, **options)
     except OSError as err:
         return -(err.errno or errno.EIO)
 

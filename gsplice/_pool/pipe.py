@@ -111,13 +111,12 @@ class Pipe:
     def discard(self) -> None:
         """Give up what the pipe holds, as its owner can get the bytes again.
 
-        On exit the pipe is empty. Or, where there is no /dev/null to be had, it is not, and the
-        pool will close it.
+        On exit the pipe is empty; or it is not, as there is no /dev/null to be had, and the pool
+        will close it.
         """
-        if self.pending:
-            null = _null()
-            while null >= 0 and self.pending:
-                self.pending -= os.splice(self.read_fd, null, self.pending, flags=SPLICE_FLAGS)
+        with contextlib.suppress(OSError):
+            while self.pending > 0:
+                self.pending -= os.splice(self.read_fd, _null(), self.pending, flags=SPLICE_FLAGS)
 
     def lend(self) -> None:
         """Leave it to a thread that is still at work on it, which will close it."""
@@ -154,11 +153,10 @@ class Pipe:
 
 
 def _null() -> int:
-    """Return a descriptor of /dev/null, opened once in the process; -1 if there is none."""
+    """Return a descriptor of /dev/null, opened once in the process. Lets out the error of that."""
     global _null_fd
     if _null_fd < 0:
-        with contextlib.suppress(OSError):
-            _null_fd = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
+        _null_fd = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
     return _null_fd
 
 

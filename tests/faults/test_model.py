@@ -23,8 +23,10 @@ from hypothesis.stateful import (
 from test_pipes import assert_balanced, empty_the_pool, in_thread, inode, lend, open_pipes
 
 import gsplice
-from gsplice import _idle, pipes
-from gsplice.config import LOW_WATER, settings
+from gsplice import pipes
+from gsplice._pool import idle as idle_module
+from gsplice._pool.idle import LOW_WATER
+from gsplice.config import settings
 from gsplice.pipes import UNKNOWN, Pipe, acquire, release
 
 HUB_ROOM, SHARED_ROOM, MOST = 4, 3, 10
@@ -182,8 +184,8 @@ class PoolAgainstModel(RuleBasedStateMachine):
     @rule()
     def time_passes(self) -> None:
         """The timer of the hub looks at the idle pipes."""
-        self.undo.setattr(_idle, "_last_look", float("-inf"))
-        self.reclaim(_idle._on_timer)
+        self.undo.setattr(idle_module, "_last_look", float("-inf"))
+        self.reclaim(idle_module._on_timer)
 
     @rule(how=st.sampled_from([pipes.reclaim, pipes.reclaim, gc.collect]))
     def reclaim(self, how: Callable[[], object]) -> None:

@@ -19,7 +19,8 @@ from test_kill import assert_clean
 from transfers import BY_NAME, Kind, set_back
 
 import gsplice
-from gsplice.config import PIECE, PUMP
+from gsplice._move.account import PIECE
+from gsplice._move.to_disk import DISK_PIECE
 
 pytestmark = pytest.mark.usefixtures("quiet")
 
@@ -56,7 +57,7 @@ def attempt(directory: Path, kind: Kind, number: int, exception: BaseException) 
     if kind.sink == "file" and happened and kind.positions:
         # A thread may have gone on to write its last piece, behind where the file stands.
         assert written is not None
-        assert written <= len(arrived) <= written + max(PIECE, PUMP)
+        assert written <= len(arrived) <= written + max(PIECE, DISK_PIECE)
         assert position in (None, written)
     else:
         assert written in (None, len(arrived))
