@@ -6,7 +6,6 @@ gevent.pywsgi is not imported from here: it imports ssl, which must wait until
 
 from __future__ import annotations
 
-import errno
 import sys
 from socket import IPPROTO_TCP, TCP_NODELAY
 from types import SimpleNamespace
@@ -19,9 +18,6 @@ from .config import SMALL
 from .endpoints import File, Socket
 from .recognise import NotOurs, regular_file, stream_socket
 from .transfer import Transfer, move, read
-
-#: Errors of a read(2), not of a socket.
-_DISK_ERRORS = frozenset({errno.EIO, errno.ESTALE})
 
 #: Methods that a response goes through on its way to the socket: a handler that overrides one must
 #: see every byte.
@@ -285,9 +281,8 @@ class _FileResponse:
         try:
             move(transfer, self._src, self._dst)
         except OSError as err:
-            if err.errno in _DISK_ERRORS:
-                raise
-            self._note(err)
+            if not transfer.read_failed:
+                self._note(err)
             raise
         finally:
             handler.response_length += transfer.delivered - before
