@@ -22,6 +22,8 @@ import pytest
 from conftest import digest, ended_with, file_of, some_bytes
 from ends import GUARD, MiB
 from test_servers import Server, command, request
+from test_traps import SIZE as TRANSFERRED
+from test_traps import traced as transferred
 
 TESTS = Path(__file__).parent
 STRACE = ["strace", "-f", "-qq", "--seccomp-bpf"]
@@ -214,3 +216,35 @@ def test_a_server_reads_what_the_kernel_does_not_send(
     data = some_bytes(SIZE)
     assert digest(body) == digest(data[100:5_000_000] if headers else data)
     assert seen["fallbacks"]["refused"] == 1
+
+
+# ---- into a file
+
+
+@pytest.mark.parametrize("error", ["ENODATA", "EREMOTEIO", "EIO"])
+@pytest.mark.parametrize("when", ["1+", "2+"])
+@pytest.mark.parametrize("source", ["unix", "bare_tcp", "pipe"])
+def test_what_the_kernel_does_not_splice_into_a_file_is_written(
+    tmp_path: Path, source: str, when: str, error: str
+) -> None:
+    faults = failing("splice", error, when, tmp_path / "end1")
+    said, log = transferred(tmp_path, source, "file", *faults)
+    assert any("(INJECTED)" in line for line in log)
+    assert said.failed is None
+    assert said.result == said.arrived == said.written == TRANSFERRED
+    assert said.prefix
+    assert said.fallbacks == {"refused": 1}
+
+
+@pytest.mark.parametrize("source", ["unix", "bare_tcp", "pipe"])
+def test_what_cannot_be_written_either_is_the_error_of_the_write(
+    tmp_path: Path, source: str
+) -> None:
+    faults = failing("splice,write,pwrite64", "ENOSPC", "1+", tmp_path / "end1")
+    faults[-1] = "inject=write,pwrite64:error=ENOSPC"
+    said, log = transferred(tmp_path, source, "file", *faults, "-e", "inject=splice:error=ENODATA")
+    assert any("(INJECTED)" in line for line in log)
+    assert said.failed == errno.ENOSPC
+    assert said.arrived == said.written == 0
+    assert said.pipes_in_use == 0
+    assert said.leaked <= 0
