@@ -13,10 +13,10 @@ from typing import Any
 
 from ._linux import AF_UNIX, MSG_MORE
 from ._stats import counters
-from ._wsgi_files import Part, find
+from ._wsgi_files import Part, file_of, find
 from .config import SMALL
 from .endpoints import File, Socket
-from .recognise import NotOurs, regular_file, stream_socket
+from .recognise import NotOurs, stream_socket
 from .transfer import Transfer, move, read
 
 #: Methods that a response goes through on its way to the socket: a handler that overrides one must
@@ -169,7 +169,7 @@ class _FileResponse:
             raise NotOurs("response")
         self._handler = handler
         self._dst: Socket = stream_socket(handler.socket)
-        self._src: File = regular_file(part.file)
+        self._src: File = file_of(part)
         declared = _declared_length(handler)
         if declared is None:
             if handler.provided_content_length is not None or not _is_file_wrapper(handler.result):
