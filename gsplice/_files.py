@@ -16,6 +16,7 @@ from ._stats import counters
 from ._transfer import Transfer, into_file, is_refusal, read, write
 from .config import COLD_PIECE, PIECE, SMALL
 from .endpoints import Endpoint, File, Socket
+from .offload import hub_to_serve
 from .residency import refuse_uncached
 
 
@@ -147,15 +148,17 @@ def file_to_file(transfer: Transfer, src: File, dst: File) -> str | None:
         ("bytes_copy_file_range", _by_copy_file_range),
         ("bytes_spliced", _by_splice),
     ]
+    if hub_to_serve() is None:
+        del ways[1]  # the pipe would bring a hub
     if not hasattr(os, "copy_file_range"):  # where Python was built with glibc < 2.27
         del ways[0]
     while (asked := transfer.room(min(PIECE, src.left()))) > 0:
+        if not ways:
+            return "refused"
         counter, way = ways[0]
         copied = way(transfer, src, dst, asked)
         if copied is None or isinstance(copied, OSError):
             del ways[0]
-            if not ways:
-                return "refused"
             continue
         if copied == 0:
             break
