@@ -59,7 +59,11 @@ def _send(sock: Any, file: Any, offset: int, count: int | None, sent: int = 0) -
     if offset:
         src.obj.seek(offset)
     transfer = Transfer(count, sent)
-    move(transfer, src, dst)
+    try:
+        move(transfer, src, dst)
+    finally:
+        if transfer.delivered and src.obj.closed:
+            file.seek(0)  # which fails, as the seek does with which gevent's sendfile ends
     return transfer.delivered
 
 

@@ -146,6 +146,7 @@ def sink(obj: Any) -> Endpoint:
     if not buffer.writable():
         raise NotOurs("destination_type")
     end = _endpoint(buffer, raw, "destination_type")
+    end.is_sink = True
     if type(end) is File:
         _check_sink(end.fileno())
     return end
