@@ -13,9 +13,10 @@ from collections.abc import Callable
 from . import pipes
 from ._linux import SPLICE_FLAGS
 from ._stats import counters
-from ._transfer import REFUSALS, Transfer, into_file, read, write
+from ._transfer import Transfer, into_file, is_refusal, read, write
 from .config import COLD_PIECE, PIECE, SMALL
 from .endpoints import Endpoint, File, Socket
+from .offload import hub_to_serve
 from .residency import refuse_uncached
 
 
@@ -32,7 +33,8 @@ def file_to_socket(transfer: Transfer, src: File, dst: Socket) -> str | None:
     """Send from *src*, at its offset: what is resident with sendfile(2), the rest through a pipe.
 
     Never asks for more than the file has: older kernels wait 200 ms for the rest. A file cut short
-    under way ends there. Lets out what the two ends, and the disk, say.
+    under way ends there. Lets out what the socket says; what is wrong with the file, reading it
+    has to say.
     """
     while (asked := transfer.room(min(PIECE, src.left()))) > 0:
         ready = src.ready(asked)
@@ -56,7 +58,7 @@ def _send_resident(transfer: Transfer, src: File, dst: Socket, asked: int) -> _S
     try:
         number = os.sendfile(dst.fileno(), src.fileno(), src.offset, asked)
     except OSError as err:
-        return _step(err)
+        return _step(err, src, dst)
     return _sent(transfer, src, number, "bytes_sendfile")
 
 
@@ -72,24 +74,21 @@ def _send_cold(transfer: Transfer, src: File, dst: Socket, asked: int) -> _Step:
         data = read(transfer, src, src.offset, min(asked, SMALL))
         try:
             number = dst.write_some(memoryview(data)) if data else 0
-        except OSError as err:
-            return _step(err)
+        except BlockingIOError:
+            return _Step.FULL
         return _sent(transfer, src, number, "bytes_copied")
     try:
         ahead = min(transfer.room(src.left()) - asked, COLD_PIECE)
         pipe.pending = pipes.UNKNOWN
         filled = transfer.on_thread((src,), _fill, pipe, src.offset, asked, ahead, loans=(pipe,))
         if isinstance(filled, OSError):
-            try:
-                return _step(filled)
-            finally:
-                del filled
+            return _Step.REFUSED  # the read says what is wrong with the file
         step = _Step.ENDED
         while pipe.pending:
             try:
                 drained = os.splice(pipe.read_fd, dst.fileno(), pipe.pending, flags=SPLICE_FLAGS)
             except OSError as err:
-                return _step(err)
+                return _step(err, None, dst)
             pipe.pending -= drained
             step = _sent(transfer, src, drained, "bytes_spliced")
         return step
@@ -97,11 +96,11 @@ def _send_cold(transfer: Transfer, src: File, dst: Socket, asked: int) -> _Step:
         pipes.release(pipe)
 
 
-def _step(err: OSError) -> _Step:
-    """Return what *err* means for the way; raise it if it is the ends' own."""
+def _step(err: OSError, src: File | None, dst: Socket) -> _Step:
+    """Return what *err*, of a call with these ends, means for the way; or raise it."""
     if isinstance(err, BlockingIOError):
         return _Step.FULL
-    if err.errno in REFUSALS:
+    if is_refusal(err, src, dst):
         return _Step.REFUSED
     try:
         raise err
@@ -149,15 +148,17 @@ def file_to_file(transfer: Transfer, src: File, dst: File) -> str | None:
         ("bytes_copy_file_range", _by_copy_file_range),
         ("bytes_spliced", _by_splice),
     ]
+    if hub_to_serve() is None:
+        del ways[1]  # the pipe would bring a hub
     if not hasattr(os, "copy_file_range"):  # where Python was built with glibc < 2.27
         del ways[0]
     while (asked := transfer.room(min(PIECE, src.left()))) > 0:
+        if not ways:
+            return "refused"
         counter, way = ways[0]
         copied = way(transfer, src, dst, asked)
         if copied is None or isinstance(copied, OSError):
             del ways[0]
-            if not ways:
-                return "refused"
             continue
         if copied == 0:
             break

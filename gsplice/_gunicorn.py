@@ -14,8 +14,8 @@ from gevent.monkey import is_object_patched
 
 from ._socket import sendfile
 from ._stats import counters
-from ._wsgi_files import Part, find
-from .recognise import NotOurs, by_name, regular_file, stream_socket
+from ._wsgi_files import Part, file_of, find
+from .recognise import NotOurs, by_name, stream_socket
 from .transfer import Transfer, read
 
 _RESPONSE: Final = {("gunicorn.http.wsgi", "Response"): True}
@@ -71,7 +71,7 @@ class _FilePart:
         if not by_name(type(response), _RESPONSE) or not _takes_all(response):
             raise NotOurs("response")
         stream_socket(response.sock)
-        self._src = regular_file(part.file)
+        self._src = file_of(part)
         self._response = response
         self._part: Part | None = part
         most = response.response_length

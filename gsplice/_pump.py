@@ -10,7 +10,7 @@ from gevent.monkey import get_original
 
 from . import pipes
 from ._linux import SPLICE_FLAGS
-from ._transfer import REFUSALS, Transfer, into_file, write_out
+from ._transfer import Transfer, into_file, is_refusal, write_out
 from .config import PIECE, PUMP
 from .endpoints import File, Socket
 from .offload import Descriptor
@@ -23,8 +23,8 @@ def pump(transfer: Transfer, pipe: pipes.Pipe, src: Socket, dst: File) -> bool:
 
     Meanwhile *dst* stands behind all of that, and *src* counts it as taken. On exit the pipe is
     empty and its bytes are delivered. False: the kernel splices no further; what had been taken was
-    written the ordinary way. Lets out what splice(2), or the ordinary write, says of *dst*, with
-    what it did not take lost, and what *src* makes of its own errors. If the wait is interrupted,
+    written the ordinary way. Lets out what the ordinary write says of *dst*, with what it did not
+    take lost, and what *src* makes of its own errors. If the wait is interrupted,
     nothing more is taken, *dst* stands behind what had been, and the thread, which may have the
     pipe then, still writes that.
     """
@@ -33,18 +33,12 @@ def pump(transfer: Transfer, pipe: pipes.Pipe, src: Socket, dst: File) -> bool:
         tap = _Tap(src, min(most, src.left(), src.holds()) if most else 0)
         most = 0  # what is left in the pipe is there because of an error, which comes again
         result = _on_thread(transfer, pipe, src, dst, tap)
-        if isinstance(result, int):
-            transfer.moved(result, "bytes_spliced")
-        elif result.errno in REFUSALS:
-            write_out(transfer, pipe, dst)
+        if isinstance(result, OSError):
+            write_out(transfer, pipe, dst)  # which says what is wrong with the file
             return False
-        else:
-            try:
-                raise result
-            finally:
-                del result
+        transfer.moved(result, "bytes_spliced")
         if tap.error is not None:
-            if tap.error.errno in REFUSALS:
+            if is_refusal(tap.error, src, None):
                 return False
             error, tap.error = tap.error, None
             try:

@@ -6,7 +6,6 @@ gevent.pywsgi is not imported from here: it imports ssl, which must wait until
 
 from __future__ import annotations
 
-import errno
 import sys
 from socket import IPPROTO_TCP, TCP_NODELAY
 from types import SimpleNamespace
@@ -14,14 +13,11 @@ from typing import Any
 
 from ._linux import AF_UNIX, MSG_MORE
 from ._stats import counters
-from ._wsgi_files import Part, find
+from ._wsgi_files import Part, file_of, find
 from .config import SMALL
 from .endpoints import File, Socket
-from .recognise import NotOurs, regular_file, stream_socket
+from .recognise import NotOurs, stream_socket
 from .transfer import Transfer, move, read
-
-#: Errors of a read(2), not of a socket.
-_DISK_ERRORS = frozenset({errno.EIO, errno.ESTALE})
 
 #: Methods that a response goes through on its way to the socket: a handler that overrides one must
 #: see every byte.
@@ -173,7 +169,7 @@ class _FileResponse:
             raise NotOurs("response")
         self._handler = handler
         self._dst: Socket = stream_socket(handler.socket)
-        self._src: File = regular_file(part.file)
+        self._src: File = file_of(part)
         declared = _declared_length(handler)
         if declared is None:
             if handler.provided_content_length is not None or not _is_file_wrapper(handler.result):
@@ -285,9 +281,8 @@ class _FileResponse:
         try:
             move(transfer, self._src, self._dst)
         except OSError as err:
-            if err.errno in _DISK_ERRORS:
-                raise
-            self._note(err)
+            if not transfer.read_failed:
+                self._note(err)
             raise
         finally:
             handler.response_length += transfer.delivered - before

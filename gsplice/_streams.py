@@ -8,7 +8,7 @@ import os
 from . import pipes
 from ._linux import SPLICE_FLAGS
 from ._pump import pump
-from ._transfer import REFUSALS, Transfer, into_file, write, write_out
+from ._transfer import Transfer, into_file, is_refusal, write, write_out
 from .config import PIECE, SMALL
 from .endpoints import Endpoint, File, Pipe, Socket
 
@@ -27,7 +27,7 @@ def directly(transfer: Transfer, src: Socket | Pipe, dst: Endpoint) -> str | Non
     while (asked := transfer.room(min(PIECE, src.left()))) > 0:
         result = _splice(transfer, src, dst, asked)
         if isinstance(result, OSError) and not isinstance(result, BlockingIOError):
-            if result.errno in REFUSALS:
+            if is_refusal(result, src, dst):
                 return "refused"
             try:
                 if result.errno != errno.EPIPE:  # that one is the destination's
@@ -145,7 +145,7 @@ def fill(pipe: pipes.Pipe, src: Socket, asked: int) -> int | None:
         return None
     except OSError as err:
         pipe.pending = 0  # splice(2) answers with an error only if it moved nothing
-        if err.errno in REFUSALS:
+        if is_refusal(err, src, None):
             raise Refused from None
         src.failed(err)
     src.took(pipe.pending)
@@ -157,8 +157,8 @@ def drain(transfer: Transfer, pipe: pipes.Pipe, dst: Endpoint) -> bool:
 
     On exit the pipe is empty and its bytes are delivered. False: the kernel does not splice into
     *dst* (an append-only file, a filesystem without splice); they were written the ordinary way.
-    Lets out what splice(2), or the ordinary write, says of *dst*: bytes that are still in the pipe,
-    or in the ordinary write, are lost then.
+    Lets out what the ordinary write, or splice(2) into a connection, says of *dst*: bytes that are
+    still in the pipe, or in the ordinary write, are lost then.
     """
     while pipe.pending:
         try:
@@ -167,7 +167,7 @@ def drain(transfer: Transfer, pipe: pipes.Pipe, dst: Endpoint) -> bool:
             transfer.wait(dst.wait_write)
             continue
         except OSError as err:
-            if err.errno not in REFUSALS:
+            if not is_refusal(err, None, dst):
                 raise
             write_out(transfer, pipe, dst)
             return False

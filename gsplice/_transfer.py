@@ -13,24 +13,66 @@ import gevent
 from . import offload, pipes, residency
 from ._stats import counters
 from .config import PIECE
-from .endpoints import Endpoint, File
+from .endpoints import Endpoint, File, Pipe, Socket
 
-#: What the kernel, a filesystem or a sandbox answers when it will not move bytes between these two
-#: ends in this way. Any other error is the ends' own.
-REFUSALS: Final = frozenset(
-    {errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM, errno.EXDEV, errno.ESPIPE}
+#: What the kernel or a sandbox answers when it will not move bytes from a socket in this way.
+_REFUSALS: Final = frozenset(
+    {
+        errno.EINVAL,
+        errno.ENOMEM,
+        errno.ENOSYS,
+        errno.EOPNOTSUPP,
+        errno.EPERM,
+        errno.ESPIPE,
+        errno.EXDEV,
+    }
 )
+
+#: What the kernel says of a connection, or of a pipe that nobody reads, when bytes are to go there.
+_NO_WAY_THERE: Final = frozenset(
+    {
+        errno.EBADF,
+        errno.ECONNABORTED,
+        errno.ECONNREFUSED,
+        errno.ECONNRESET,
+        errno.EHOSTDOWN,
+        errno.EHOSTUNREACH,
+        errno.ENETDOWN,
+        errno.ENETRESET,
+        errno.ENETUNREACH,
+        errno.ENOTCONN,
+        errno.EPIPE,
+        errno.EPROTO,
+        errno.ESHUTDOWN,
+        errno.ETIMEDOUT,
+    }
+)
+
+
+def is_refusal(err: OSError, src: Endpoint | None, dst: Endpoint | None) -> bool:
+    """Say whether reading and writing may go on after *err*, of a call that moves bytes.
+
+    *src* and *dst* are the ends of the call; None: a pipe of the pool. True: if anything is wrong
+    with an end, the read or the write says so, and says what. False: *err* has to be raised, as a
+    connection says what is wrong with it only once. recv(2) would find an end of file then, so any
+    error of a socket that is read counts, unless it is known to be none.
+    """
+    if isinstance(src, Socket):
+        return err.errno in _REFUSALS
+    return not (isinstance(dst, Socket | Pipe) and err.errno in _NO_WAY_THERE)
 
 
 class Transfer:
     """One transfer: how much has been delivered, how much may still be, and whose it is."""
 
-    __slots__ = ("_owned", "_process", "_since_switch", "delivered", "limit")
+    __slots__ = ("_owned", "_process", "_since_switch", "delivered", "limit", "read_failed")
 
     def __init__(self, limit: int | None = None, delivered: int = 0) -> None:
         #: Bytes delivered, and the most that may be; None: until the source ends.
         self.delivered = delivered
         self.limit = limit
+        #: Whether the error that ended it came from reading a file.
+        self.read_failed = False
         self._since_switch = 0
         self._process = os.getpid()
         #: What threads use in place of the descriptors of the ends; most transfers have no threads.
@@ -167,11 +209,21 @@ def _or_raise(result: Any) -> Any:
 def read(transfer: Transfer, src: File, offset: int, asked: int) -> bytes:
     """Read at most *asked* bytes of *src* at *offset*, on a thread if a disk has to be waited for.
 
-    No bytes: *src* ends there. Lets out the errors of pread(2).
+    No bytes: *src* ends there. Lets out the errors of pread(2), and notes that there was one.
     """
-    data = src.cache.read(src.fileno(), offset, asked)
+    fd = src.fileno()
+    try:
+        data = src.cache.read(fd, offset, asked)
+    except OSError:
+        transfer.read_failed = True
+        raise
     if data is None:
-        data = _or_raise(transfer.on_thread((src,), os.pread, asked, offset))
+        result = transfer.on_thread((src,), os.pread, asked, offset)
+        transfer.read_failed = isinstance(result, OSError)
+        try:
+            data = _or_raise(result)
+        finally:
+            del result
     return data
 
 

@@ -34,19 +34,22 @@ _epoll: Any = get_original("select", "epoll") if LINUX else None
 class File:
     """A regular file. It is read at :attr:`offset`, and written where the descriptor stands."""
 
-    __slots__ = ("cache", "obj", "offset", "raw", "status")
+    __slots__ = ("cache", "is_sink", "obj", "offset", "raw", "status")
 
     def __init__(self, obj: Any, raw: Any, status: os.stat_result) -> None:
         self.obj = obj
         self.raw = raw
         self.offset = 0
+        #: Whether it is written, not read: closed files have words for each.
+        self.is_sink = False
         #: What fstat(2) said when the file was handed in.
         self.status = status
         self.cache = Residency(status)
 
     def fileno(self) -> int:
-        """Return the descriptor. Raises ValueError when the file has been closed."""
-        return _fileno(self.raw)
+        """Return the descriptor. Raises what the object does when the file has been closed."""
+        _check_open(self)
+        return self.raw.fileno()  # type: ignore[no-any-return]
 
     def left(self) -> int:
         """Return how many bytes come after the offset, by what fstat(2) said at first.
@@ -103,6 +106,7 @@ class File:
 
         Raises BlockingIOError where the filesystem says EAGAIN, as a BufferedWriter would.
         """
+        self.fileno()  # it may have been closed since
         written: int | None = self.raw.write(data)
         if written is None:
             raise BlockingIOError(errno.EAGAIN, "the file takes no more bytes now")
@@ -144,7 +148,7 @@ class File:
 class _Stream:
     """What a socket and a pipe have in common: there is no position to keep."""
 
-    __slots__ = ("obj", "raw")
+    __slots__ = ("is_sink", "obj", "raw")
 
     #: Whether only a read of the object's own, after all has been moved, finds its end.
     must_read_on: ClassVar[bool] = False
@@ -152,6 +156,8 @@ class _Stream:
     def __init__(self, obj: Any, raw: Any) -> None:
         self.obj = obj
         self.raw = raw
+        #: Whether it is written, not read: closed files have words for each.
+        self.is_sink = False
 
     def fileno(self) -> int:
         """Return the descriptor, as it is now."""
@@ -221,16 +227,16 @@ class Socket(_Stream):
     def fileno(self) -> int:
         """Return the descriptor; -1 if the socket was closed, and the system call says EBADF.
 
-        Raises ValueError when the socket's file was closed, as reading from it would.
+        Raises what the socket's file does when that was closed.
         """
-        if self.raw is not None and self.raw.closed:
-            raise ValueError("I/O operation on closed file.")
+        if self.raw is not None:
+            _check_open(self)
         return self.sock.fileno()  # type: ignore[no-any-return]
 
     def write_some(self, data: memoryview) -> int:
         """Send part of *data*; say how much. Raises BlockingIOError when there is no room.
 
-        Raises ValueError, as :meth:`fileno` does, when the socket's file was closed.
+        Raises as :meth:`fileno` does when the socket's file was closed.
         """
         self.fileno()  # the socket's file may have been closed since
         return self.sock._sock.send(data)  # type: ignore[no-any-return]
@@ -275,8 +281,9 @@ class Pipe(_Stream):
     __slots__ = ()
 
     def fileno(self) -> int:
-        """Return the descriptor. Raises ValueError when the file has been closed."""
-        return _fileno(self.raw)
+        """Return the descriptor. Raises what the object does when the file has been closed."""
+        _check_open(self)
+        return self.raw.fileno()  # type: ignore[no-any-return]
 
     def write_some(self, data: memoryview) -> int:
         """Write part of *data*; say how much. Raises BlockingIOError when there is no room."""
@@ -322,7 +329,11 @@ def _wait_blocking(fd: int, watcher: str) -> None:
 Endpoint = File | Socket | Pipe
 
 
-def _fileno(raw: Any) -> int:
-    if raw.closed:
+def _check_open(end: Endpoint) -> None:
+    """Raise ValueError if the file behind *end* has been closed, in the words of its object."""
+    if end.raw.closed:
+        if end.is_sink:
+            end.obj.write(b"")
+        else:
+            end.obj.read(1)
         raise ValueError("I/O operation on closed file.")
-    return raw.fileno()  # type: ignore[no-any-return]
