@@ -6,6 +6,7 @@ installed and not wanted; importing ``gsplice.anything`` imports all of gsplice.
 
 from __future__ import annotations
 
+import logging  # as gevent.monkey does
 import os
 import sys
 import warnings
@@ -18,9 +19,10 @@ def did_patch_builtins(event: GeventDidPatchBuiltinModulesEvent) -> None:
     """Call ``gsplice.patch_all()`` if that is wanted.
 
     ``gevent.monkey.patch_all(gsplice=...)`` decides, or else the setting ``patch_all``. Called
-    again when gevent patches more. :class:`ValueError`, if ``GSPLICE_PATCH_ALL`` is neither true
-    nor false, goes to whoever called ``gevent.monkey.patch_all()``. :class:`RuntimeWarning` if
-    nothing can be patched, since nobody sees the result.
+    again when gevent patches more. If ``GSPLICE_PATCH_ALL`` is neither true nor false, it counts as
+    not set, and a :class:`RuntimeWarning` and the logger ``gsplice`` say so. RuntimeWarning, too,
+    if nothing can be patched, since nobody sees the result. Where Python raises its warnings, they
+    go to whoever called ``gevent.monkey.patch_all()``.
     """
     wanted = event.patch_all_kwargs.get("gsplice")
     if not (_setting() if wanted is None else wanted):
@@ -37,8 +39,11 @@ def _setting() -> bool:
     config = sys.modules.get("gsplice.config")
     if config is not None:
         return bool(config.settings.patch_all)
-    value = os.environ.get("GSPLICE_PATCH_ALL", "")
+    value = os.environ.get("GSPLICE_PATCH_ALL", "").strip()
     try:
         return bool(validate_bool(value))
     except ValueError:
-        raise ValueError(f"GSPLICE_PATCH_ALL must be true or false, not {value!r}") from None
+        what = f"GSPLICE_PATCH_ALL must be true or false, not {value!r}; it counts as not set"
+        logging.getLogger("gsplice").warning("%s", what)
+        warnings.warn(what, RuntimeWarning, stacklevel=3)
+        return False

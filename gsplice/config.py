@@ -6,6 +6,10 @@ can be set in code before the first transfer::
     from gsplice.config import settings
     settings.max_pipes = 64
 
+A variable that is empty counts as not set, and so does one that makes no sense: what is wrong with
+it is said by a :class:`RuntimeWarning`, to the logger ``gsplice``, and by ``python -m gsplice
+doctor``. Whoever has Python raise its warnings (``-W error``) gets this one raised, too.
+
 ``pipe_size`` (``GSPLICE_PIPE_SIZE``, 1048576)
     Capacity asked for a new pipe, in bytes; never more than 1 MiB, and less as more are open.
 ``max_pipes`` (``GSPLICE_MAX_PIPES``, 256)
@@ -27,7 +31,9 @@ can be set in code before the first transfer::
 
 from __future__ import annotations
 
+import logging
 import os
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, Final
 
@@ -39,6 +45,10 @@ MiB: Final = 1024 * KiB
 OFFLOAD_POLICIES: Final = ("auto", "never", "always")
 
 
+#: No setting needs more, and gevent counts threads in 31 bits.
+_MOST: Final = 1 << 30
+
+
 def _whole_number(name: str, value: object) -> int:
     try:
         number = int(value) if isinstance(value, (int, str)) else -1
@@ -46,6 +56,8 @@ def _whole_number(name: str, value: object) -> int:
         number = -1
     if number < 0 or isinstance(value, bool):
         raise ValueError(f"{name} must be a whole number from 0 up, not {value!r}")
+    if number > _MOST:
+        raise ValueError(f"{name} must be at most {_MOST}, not {value!r}")
     return number
 
 
@@ -95,14 +107,36 @@ class Settings:
     }
 
     def __init__(self, environ: Mapping[str, str]) -> None:
-        for name, (check, default) in self._checks.items():
+        values, wrong = self.read(environ)
+        self.__dict__.update(values)
+        for what in wrong.values():
+            _say(what)
+
+    @classmethod
+    def read(cls, environ: Mapping[str, str]) -> tuple[dict[str, Any], dict[str, str]]:
+        """Return what *environ* sets, or the defaults; and what is wrong with which variables."""
+        values: dict[str, Any] = {}
+        wrong: dict[str, str] = {}
+        for name, (check, default) in cls._checks.items():
             variable = f"GSPLICE_{name.upper()}"
-            self.__dict__[name] = check(variable, environ.get(variable, default))
+            values[name] = default
+            value = environ.get(variable, "").strip()
+            if value:
+                try:
+                    values[name] = check(variable, value)
+                except ValueError as err:
+                    wrong[variable] = f"{err}; it counts as not set"
+        return values, wrong
 
     def __setattr__(self, name: str, value: object) -> None:
         if name not in self._checks:
             raise AttributeError(f"gsplice has no setting {name!r}; see gsplice.config")
         self.__dict__[name] = self._checks[name][0](name, value)
+
+
+def _say(what: str) -> None:
+    logging.getLogger("gsplice").warning("%s", what)
+    warnings.warn(what, RuntimeWarning, stacklevel=2)
 
 
 settings: Final = Settings(os.environ)

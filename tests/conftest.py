@@ -9,14 +9,17 @@ import random
 import subprocess
 import sys
 import tempfile
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import gevent
+import gevent.hub
 import gevent.socket
 import pytest
+from gevent.threadpool import ThreadPool
 
 import gsplice
 from gsplice._ends import page_cache
@@ -63,6 +66,30 @@ def no_pipe_lost() -> Iterator[None]:
     """No test leaves a pipe lent out."""
     yield
     assert gsplice.stats().pipes_in_use == 0
+
+
+@pytest.fixture(autouse=True, scope="session")
+def hubs_of_threads() -> Iterator[list[object]]:
+    """What has made a hub on a thread of a pool: see tests/test_threads.py."""
+    plain_init = gevent.hub.Hub.__init__
+    made: list[object] = []
+
+    def noted(self: Any, *args: Any, **kwargs: Any) -> None:
+        if isinstance(gevent.getcurrent(), ThreadPool._WorkerGreenlet):
+            made.append(traceback.format_stack())
+        plain_init(self, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gevent.hub.Hub, "__init__", noted)
+        yield made
+
+
+@pytest.fixture(autouse=True)
+def no_hub_on_a_thread(hubs_of_threads: list[object]) -> Iterator[None]:
+    """No job of a test makes a hub on its thread."""
+    hubs_of_threads.clear()
+    yield
+    assert hubs_of_threads == []
 
 
 @pytest.fixture

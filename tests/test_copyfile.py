@@ -7,13 +7,15 @@ import errno
 import os
 import shutil
 import subprocess
+import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import gevent
 import pytest
-from conftest import counting, digest, file_of, open_descriptors, some_bytes
+from conftest import counting, digest, file_of, open_descriptors, run_program, some_bytes
 from ends import GUARD, MiB, mounted, threads_done, until
 from gevent.monkey import get_original
 from slowfs import SlowFS
@@ -224,3 +226,53 @@ def test_where_the_filesystem_shares_blocks_a_copy_takes_no_room(tmp_path: Path,
                 assert other.read(MiB) == piece
     assert grown.bytes_copy_file_range == 110 * MiB
     assert grown.fallbacks == {}
+
+
+WITHOUT_HUB = """
+import sys
+if sys.argv[1] == "monkey":
+    import gevent.monkey
+    gevent.monkey.patch_all()
+import shutil
+from gevent._hub_local import get_hub_if_exists
+import gsplice
+gsplice.patch_all()
+getattr(shutil, sys.argv[2])(*sys.argv[3:])
+stats = gsplice.stats()
+print(stats.bytes_copy_file_range, stats.offloads, dict(stats.fallbacks), get_hub_if_exists())
+"""
+
+
+@pytest.mark.parametrize("copy", COPIES)
+@pytest.mark.parametrize("patching", ["monkey", "no monkey"])
+def test_before_there_is_a_hub_the_main_thread_copies_itself(
+    tmp_path: Path, patching: str, copy: str
+) -> None:
+    src = file_of(tmp_path / "from", SIZE)
+    said = run_program(WITHOUT_HUB, patching, copy, src, tmp_path / "to")
+    assert said == f"{SIZE} 0 {{}} None\n"
+    assert digest((tmp_path / "to").read_bytes()) == digest(some_bytes(SIZE))
+
+
+def test_before_there_is_a_hub_a_copy_to_another_filesystem_brings_none(tmp_path: Path) -> None:
+    src = file_of(tmp_path / "from", SIZE)
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as memory:
+        said = run_program(WITHOUT_HUB, "no monkey", "copyfile", src, f"{memory}/to")
+        assert digest(Path(memory, "to").read_bytes()) == digest(some_bytes(SIZE))
+    assert said == "0 0 {'other_hub': 1} None\n"
+
+
+@pytest.mark.parametrize("error", ["EXDEV", "EIO"])
+def test_before_there_is_a_hub_what_the_kernel_does_not_copy_is_read(
+    tmp_path: Path, error: str
+) -> None:
+    src, dst = file_of(tmp_path / "from", SIZE), tmp_path / "to"
+    said = subprocess.run(
+        ["strace", "-f", "-qq", "-o", "/dev/null", "-e", f"inject=copy_file_range:error={error}"]
+        + [sys.executable, "-c", WITHOUT_HUB, "monkey", "copyfile", src, dst],
+        capture_output=True,
+        text=True,
+        timeout=GUARD,
+    )
+    assert said.stdout == "0 0 {'refused': 1} None\n"
+    assert digest(dst.read_bytes()) == digest(some_bytes(SIZE))

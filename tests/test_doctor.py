@@ -145,6 +145,32 @@ def test_a_wrong_name_and_a_policy_in_the_environment(tmp_path: Path) -> None:
     assert report.findings[page_cache]["status"] == "note"
 
 
+def test_variables_that_make_no_sense() -> None:
+    wrong = {"GSPLICE_MAX_PIPES": "abc", "GSPLICE_THREADS": "0", "GSPLICE_PATCH_ALL": "perhaps"}
+    ignored = ["-W", "ignore::RuntimeWarning"]
+    quiet = [DOCTOR[0], *ignored, "-c", QUIET, *DOCTOR[3:]]
+    report = Report(quiet, 1, **wrong, GSPLICE_MAX_IDLE="7")
+    assert report.attention() == [f"settings: {name}" for name in wrong]
+    assert report.findings["settings: GSPLICE_MAX_PIPES"]["found"] == (
+        "GSPLICE_MAX_PIPES must be a whole number from 0 up, not 'abc'; it counts as not set"
+    )
+    assert report.findings["settings"]["found"] == "GSPLICE_MAX_IDLE=7"
+
+
+#: The doctor alone is to speak.
+QUIET = """
+import logging, runpy
+logging.getLogger("gsplice").addHandler(logging.NullHandler())
+runpy.run_module("gsplice", run_name="__main__", alter_sys=True)
+"""
+
+
+def test_as_many_pipes_as_can_be_asked_for() -> None:
+    report = Report(DOCTOR, 1, GSPLICE_MAX_PIPES=str(1 << 30))
+    assert report.attention() == ["descriptors"]
+    assert report.findings["pipe room"]["found"].startswith(f"{1 << 30} transfers at a time")
+
+
 def test_too_few_descriptors() -> None:
     limited = ["sh", "-c", 'ulimit -n 256; exec "$@"', "sh", *DOCTOR]
     report = Report(limited, 1)

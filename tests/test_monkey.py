@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import shutil
 import subprocess
 import sys
+import warnings
 
 import pytest
 
@@ -379,12 +382,91 @@ def test_settings_come_from_the_environment() -> None:
     )
 
 
+DEFAULTS = {
+    "pipe_size": 1 << 20,
+    "max_pipes": 256,
+    "max_idle_hub": 16,
+    "max_idle": 64,
+    "offload": "auto",
+    "threads": 8,
+    "patch_all": False,
+}
+NUMBERS = sorted({*DEFAULTS} - {"offload", "patch_all"})
+NONSENSE = ["abc", "-1", "1e3", "1.5", "0x10", "5 6", "999999999999999999999", "9" * 5000]
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        *((name, " 5 ", 5) for name in NUMBERS),
+        *((name, str(1 << 30), 1 << 30) for name in NUMBERS),
+        *((name, "0", 0) for name in NUMBERS if name != "threads"),
+        *((name, value, DEFAULTS[name]) for name in DEFAULTS for value in ("", " ")),
+        ("offload", " never ", "never"),
+        ("patch_all", " YES ", True),
+        ("patch_all", "0", False),
+    ],
+)
+def test_a_variable_that_makes_sense(name: str, value: str, expected: object) -> None:
+    from gsplice.config import Settings
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        settings = Settings({f"GSPLICE_{name.upper()}": value})
+    assert vars(settings) == DEFAULTS | {name: expected}
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *((name, value) for name in DEFAULTS for value in NONSENSE),
+        ("threads", "0"),
+        ("offload", "AUTO!"),
+        ("patch_all", "2"),
+    ],
+)
+def test_a_variable_that_makes_no_sense_counts_as_not_set(
+    name: str, value: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    from gsplice.config import Settings
+
+    variable = f"GSPLICE_{name.upper()}"
+    with pytest.warns(RuntimeWarning) as warned:
+        settings = Settings({variable: value, "GSPLICE_UNKNOWN": "abc"})
+    assert vars(settings) == DEFAULTS
+    [warning] = warned
+    said = str(warning.message)
+    assert said.startswith(f"{variable} must be ")
+    assert said.endswith(f", not {value!r}; it counts as not set")
+    assert caplog.record_tuples == [("gsplice", logging.WARNING, said)]
+    with pytest.raises(ValueError, match="^" + name):
+        setattr(settings, name, value)
+    assert vars(settings) == DEFAULTS
+
+
+def test_importing_gsplice_survives_variables_that_make_no_sense() -> None:
+    wrong = {f"GSPLICE_{name.upper()}": "nonsense" for name in DEFAULTS}
+    done = subprocess.run(
+        [sys.executable, "-c", "import gsplice; print(vars(gsplice.config.settings))"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env=os.environ | wrong,
+    )
+    assert (done.returncode, done.stdout) == (0, f"{DEFAULTS}\n")
+    for variable in wrong:
+        assert done.stderr.count(f"RuntimeWarning: {variable} must be ") == 1
+
+
 @pytest.mark.parametrize(
     ("name", "value", "said"),
     [
         ("max_pipes", "many", "max_pipes must be a whole number from 0 up, not 'many'"),
         ("max_pipes", -1, "max_pipes must be a whole number from 0 up, not -1"),
         ("max_idle", True, "max_idle must be a whole number from 0 up, not True"),
+        ("max_idle", "", "max_idle must be a whole number from 0 up, not ''"),
+        ("max_pipes", 10**21, "max_pipes must be at most 1073741824, not 10{21}$"),
+        ("threads", 0, "threads must be at least 1, not 0"),
         ("offload", "maybe", "offload must be one of auto, never, always, not 'maybe'"),
         ("patch_all", "perhaps", "patch_all must be true or false, not 'perhaps'"),
     ],

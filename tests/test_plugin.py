@@ -83,17 +83,35 @@ def test_the_setting_made_in_code_counts_more_than_the_variable(
     assert said == f"{setting} True\n"
 
 
-def test_a_value_that_makes_no_sense_is_said_to_be_one() -> None:
+WRONG = "GSPLICE_PATCH_ALL must be true or false, not 'perhaps'; it counts as not set"
+
+
+@pytest.mark.parametrize("warnings", ["default", "error::RuntimeWarning"])
+def test_a_value_that_makes_no_sense_is_said_to_be_one(warnings: str) -> None:
+    """Whoever has Python raise its warnings gets this one raised, too."""
     done = subprocess.run(
-        [sys.executable, "-c", "import gevent.monkey; gevent.monkey.patch_all()"],
+        [sys.executable, "-W", warnings, "-c", PATCH_AND_TELL.format("")],
         capture_output=True,
         text=True,
         timeout=TIMEOUT,
         env=os.environ | {"GSPLICE_PATCH_ALL": "perhaps"},
     )
-    assert done.returncode == 1
-    last = done.stderr.splitlines()[-1]
-    assert last == "ValueError: GSPLICE_PATCH_ALL must be true or false, not 'perhaps'"
+    assert done.stderr.startswith(f"{WRONG}\n")  # the logger
+    assert f"RuntimeWarning: {WRONG}\n" in done.stderr
+    assert done.stdout == (NOT_DONE if warnings == "default" else "")
+    assert done.returncode == (0 if warnings == "default" else 1)
+
+
+def test_a_value_that_makes_no_sense_does_not_undo_an_argument() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", PATCH_AND_TELL.format("gsplice=True")],
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT,
+        env=os.environ | {"GSPLICE_PATCH_ALL": "perhaps"},
+    )
+    assert done.stdout == DONE
+    assert f"RuntimeWarning: {WRONG}\n" in done.stderr  # gsplice's settings
 
 
 def test_switched_off_it_imports_nothing_but_itself() -> None:
@@ -286,14 +304,17 @@ def test_gunicorn_with_an_app_loaded_before_its_two_workers_fork(tmp_path: Path)
         assert len(pids) == 2
 
 
-def test_gunicorn_says_what_is_wrong_with_the_variable(tmp_path: Path) -> None:
-    done = subprocess.run(
-        gunicorn_command(tmp_path, "127.0.0.1:0", worker_class="gevent"),
-        capture_output=True,
-        text=True,
-        timeout=TIMEOUT,
-        cwd=tmp_path,
-        env=os.environ | {"GSPLICE_PATCH_ALL": "perhaps"},
-    )
-    assert done.returncode != 0
-    assert "GSPLICE_PATCH_ALL must be true or false, not 'perhaps'" in done.stderr
+def test_gunicorn_serves_whatever_is_wrong_with_the_variables(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    served = file_of(tmp_path / "served", SIZE)
+    environ = {"SERVED": str(served), "GSPLICE_PATCH_ALL": "perhaps", "GSPLICE_THREADS": "0"}
+    with (
+        gunicorn(tmp_path, environ, worker_class="gevent") as address,
+        closing(HTTPConnection(*address, timeout=TIMEOUT)) as connection,
+    ):
+        assert get(connection, "/") == served.read_bytes()
+        assert stats(connection)["transfers"] == 0
+    log = capsys.readouterr().out
+    assert f"RuntimeWarning: {WRONG}\n" in log
+    assert "GSPLICE_THREADS must be at least 1, not '0'; it counts as not set\n" in log

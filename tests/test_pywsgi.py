@@ -19,6 +19,7 @@ import gevent.ssl
 import pytest
 from conftest import counting, file_of, receive_all, some_bytes
 from gevent import pywsgi
+from slowfs import SlowFS
 
 from gsplice._patches.pywsgi import FileWrapper
 
@@ -519,6 +520,28 @@ def test_an_error_of_the_file_is_not_taken_for_one_of_the_socket(
     assert b"socket error" not in (logged.encode() if isinstance(logged, str) else logged)
     assert closing
     assert "Input/output error" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("error", ["EIO", "ENOSPC"])
+def test_an_error_in_the_middle_of_the_file_is_not_one_of_the_socket_either(
+    serve: Any, tmp_path: Path, error: str
+) -> None:
+    """Whichever error it is."""
+    noted = []
+
+    class Handler(pywsgi.WSGIHandler):
+        def log_request(self) -> None:
+            noted.append(self.status)
+            super().log_request()
+
+    with SlowFS(tmp_path) as slow:
+        file_of(slow.directory / "f", BIG)
+        slow.fail(error, "f", beyond=1024 * 1024)
+        server = serve(file_app(slow.mount / "f", ("Content-Length", str(BIG))), Handler)
+        _, _, body = split(server.ask(request()))
+    assert 0 < len(body) < BIG
+    assert some_bytes(BIG).startswith(body)
+    assert noted == [b"200 OK"]
 
 
 def test_a_handler_whose_instance_overrides_the_way_out_sees_every_byte(

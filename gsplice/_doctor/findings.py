@@ -22,7 +22,7 @@ import gevent.socket
 from .._counters import stats
 from .._ends.page_cache import answered_by
 from .._os.linux import LINUX
-from .._pool.pipe import capacity_of
+from .._pool.pipe import CAPACITY_STEPS, capacity_of
 from ..config import KiB, MiB, settings
 from ..monkey import is_for_later, patch_all, unpatch_all
 from . import trials
@@ -262,15 +262,20 @@ def _pipe_room(soft: int, hard: int, exempt: bool) -> Finding:
     page = os.sysconf("SC_PAGE_SIZE")
     limits = [pages * page for pages in (soft, hard) if pages and not exempt]
     room = min(limits, default=None)
-    number = used = 0
+    number = used = whole = begin = 0
     steps: dict[int, int] = {}
-    while number < settings.max_pipes:
-        capacity = capacity_of(number + 1)
-        if room is not None and used + capacity > room:
-            break
-        number += 1
-        used += capacity
-        steps[capacity] = steps.get(capacity, 0) + 1
+    for end in (*(most for most, _ in CAPACITY_STEPS), settings.max_pipes):
+        capacity = capacity_of(begin + 1)
+        wanted = max(0, min(end, settings.max_pipes) - begin)
+        fit = wanted
+        if room is not None and capacity:
+            fit = min(wanted, (room - used) // capacity) if number == begin else 0
+        if fit:
+            number += fit
+            used += fit * capacity
+            steps[capacity] = steps.get(capacity, 0) + fit
+        whole += wanted * capacity
+        begin += wanted
     each = ", ".join(f"{count} of {_bytes(capacity)}" for capacity, count in steps.items())
     limit = "no limit for this user"
     if room is not None:
@@ -284,7 +289,6 @@ def _pipe_room(soft: int, hard: int, exempt: bool) -> Finding:
     )
     if number == settings.max_pipes:
         return Finding("pipe room", found)
-    whole = sum(capacity_of(count + 1) for count in range(settings.max_pipes))
     return Finding(
         "pipe room",
         f"{found}; GSPLICE_MAX_PIPES={settings.max_pipes} would need {_bytes(whole)}",
@@ -407,12 +411,16 @@ def _receive(sock: Any) -> int:
 def _environment(environ: Mapping[str, str]) -> Iterator[Finding]:
     known = [f"GSPLICE_{name.upper()}" for name in vars(settings)]
     given = sorted(name for name in environ if name.startswith("GSPLICE_"))
+    _, wrong = settings.read(environ)
+    for name, what in wrong.items():
+        yield Finding(f"settings: {name}", what, "Correct it, or unset it.", True)
     for name in given:
         if name not in known:
             close = difflib.get_close_matches(name, known, 1)
             to_do = f"Did you mean {close[0]}?" if close else f"There are {', '.join(known)}."
             yield Finding(f"settings: {name}", "gsplice has no such variable", to_do, True)
-    values = ", ".join(f"{name}={environ[name]}" for name in given if name in known)
+    right = (name for name in given if name in known and name not in wrong)
+    values = ", ".join(f"{name}={environ[name]}" for name in right)
     yield Finding("settings", values or "all defaults")
     found = importlib.metadata.entry_points(group="gevent.plugins.monkey.did_patch_builtins")
     if any(entry.name == "gsplice" for entry in found):

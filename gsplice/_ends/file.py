@@ -7,21 +7,15 @@ import io
 import os
 from typing import Any, ClassVar
 
+from .closed import check_open
 from .page_cache import Residency
 from .small import SMALL_FILE
-
-
-def open_fileno(raw: Any) -> int:
-    """Return the descriptor of the raw file *raw*. Raises ValueError if that has been closed."""
-    if raw.closed:
-        raise ValueError("I/O operation on closed file.")
-    return raw.fileno()  # type: ignore[no-any-return]
 
 
 class File:
     """A regular file. It is read at :attr:`offset`, and written where the descriptor stands."""
 
-    __slots__ = ("cache", "obj", "offset", "raw", "status")
+    __slots__ = ("cache", "is_sink", "obj", "offset", "raw", "status")
 
     #: Whether bytes that were read, and not delivered, can be read again.
     rereadable: ClassVar[bool] = True
@@ -30,13 +24,16 @@ class File:
         self.obj = obj
         self.raw = raw
         self.offset = offset
+        #: Whether it is written, not read: closed files have words for each.
+        self.is_sink = False
         #: What fstat(2) said when the file was handed in.
         self.status = status
         self.cache = Residency(status)
 
     def fileno(self) -> int:
-        """Return the descriptor. Raises ValueError when the file has been closed."""
-        return open_fileno(self.raw)
+        """Return the descriptor. Raises what the object does when the file has been closed."""
+        check_open(self)
+        return self.raw.fileno()  # type: ignore[no-any-return]
 
     def left(self) -> int:
         """Return how many bytes come after the offset, by what fstat(2) said at first.
@@ -57,6 +54,14 @@ class File:
     def advance(self, number: int) -> None:
         """Note that the next *number* bytes have been delivered."""
         self.offset += number
+
+    def may_be_read(self, answered: int) -> bool:
+        """Say whether reading may go on after that error: it says what is wrong, if anything is."""
+        return True
+
+    def may_be_written(self, answered: int) -> bool:
+        """Say whether writing may go on after that error: it says what is wrong, if anything is."""
+        return True
 
     def took(self, number: int) -> None:
         """Do nothing: bytes that are taken and not delivered can be read again."""
@@ -109,6 +114,7 @@ class File:
 
         Raises BlockingIOError where the filesystem says EAGAIN, as a BufferedWriter would.
         """
+        self.fileno()  # it may have been closed since
         written: int | None = self.raw.write(data)
         if written is None:
             raise BlockingIOError(errno.EAGAIN, "the file takes no more bytes now")

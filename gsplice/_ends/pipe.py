@@ -14,7 +14,7 @@ from gevent import socket as gsocket
 from gevent.monkey import get_original
 
 from .._os.linux import LINUX
-from .file import open_fileno
+from .closed import check_open
 from .stream import Stream
 
 # gevent's would let other greenlets run.
@@ -28,8 +28,13 @@ class CallersPipe(Stream):
     __slots__ = ()
 
     def fileno(self) -> int:
-        """Return the descriptor. Raises ValueError when the file has been closed."""
-        return open_fileno(self.raw)
+        """Return the descriptor. Raises what the object does when the file has been closed."""
+        check_open(self)
+        return self.raw.fileno()  # type: ignore[no-any-return]
+
+    def may_be_read(self, answered: int) -> bool:
+        """Say whether reading may go on after that error: it says what is wrong, if anything is."""
+        return True
 
     def write_some(self, data: memoryview) -> int:
         """Write part of *data*; say how much. Raises BlockingIOError when there is no room."""

@@ -13,9 +13,12 @@ import io
 import os
 import socket as stdlib_socket
 import stat
+from collections.abc import Callable
 from socket import AF_INET, AF_INET6, SOCK_STREAM
 from typing import Any, Final
 
+from gevent.hub import MAIN_THREAD_IDENT
+from gevent.monkey import get_original
 from gevent.socket import socket as GeventSocket
 
 from .._os.hub import hub_to_serve
@@ -29,6 +32,8 @@ from .request_body import INPUTS, GunicornBody
 from .response_body import body_of, response_behind
 from .small import SMALL_BODY
 from .socket import Socket
+
+_get_ident: Callable[[], int] = get_original("_thread", "get_ident")
 
 SocketIO: Any = stdlib_socket.SocketIO  # with its private attributes
 
@@ -126,6 +131,7 @@ def sink(obj: Any) -> End:
     if not buffer.writable():
         raise NotOurs("destination_type")
     end = _endpoint(buffer, raw, "destination_type")
+    end.is_sink = True
     if type(end) is File:
         _check_sink(end.fileno())
     return end
@@ -138,16 +144,24 @@ def _check_sink(fd: int) -> None:
     """
     if fd <= 2:  # child processes write to it as well
         raise NotOurs("standard_stream")
-    if hub_to_serve() is None:  # a thread among others
+    if hub_to_serve() is None and _get_ident() != MAIN_THREAD_IDENT:  # a thread among others
         raise NotOurs("other_hub")
     if fcntl(fd, F_GETFL) & os.O_APPEND:
         raise NotOurs("append")  # splice(2): EINVAL
 
 
 def different_files(src: End, dst: End) -> None:
-    """Pass unless both ends are the same file. Raises NotOurs: both objects buffer it then."""
-    if isinstance(src, File) and isinstance(dst, File) and src.is_same_file(dst):
+    """Pass if the ends are no files, or two that the kernel can copy from one to the other.
+
+    Raises NotOurs for the same file, which both objects buffer, and for files of two filesystems
+    where there is no hub: the pipe between them would bring one.
+    """
+    if not (isinstance(src, File) and isinstance(dst, File)):
+        return
+    if src.is_same_file(dst):
         raise NotOurs("same_file")
+    if src.status.st_dev != dst.status.st_dev and hub_to_serve() is None:
+        raise NotOurs("other_hub")
 
 
 def regular_file(obj: Any) -> File:

@@ -8,6 +8,7 @@ from typing import Any, Final
 
 from .._os.linux import ioctl
 from .._os.results import answer
+from .closed import check_open
 from .stream import Stream
 
 _SIOCATMARK: Final = 0x8905
@@ -25,16 +26,16 @@ class Socket(Stream):
     def fileno(self) -> int:
         """Return the descriptor; -1 if the socket was closed, and the system call says EBADF.
 
-        Raises ValueError when the socket's file was closed, as reading from it would.
+        Raises what the socket's file does when that was closed.
         """
-        if self.raw is not None and self.raw.closed:
-            raise ValueError("I/O operation on closed file.")
+        if self.raw is not None:
+            check_open(self)
         return self.sock.fileno()  # type: ignore[no-any-return]
 
     def write_some(self, data: memoryview) -> int:
         """Send part of *data*; say how much. Raises BlockingIOError when there is no room.
 
-        Raises ValueError, as :meth:`fileno` does, when the socket's file was closed.
+        Raises as :meth:`fileno` does when the socket's file was closed.
         """
         self.fileno()  # the socket's file may have been closed since
         return self.sock._sock.send(data)  # type: ignore[no-any-return]

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, NoReturn
 from gevent.monkey import get_original
 
 from .._os.linux import FIONREAD, ioctl
-from .._os.results import error
+from .._os.results import error, recv_may_go_on, send_may_go_on
 
 _get_ident: Callable[[], int] = get_original("_thread", "get_ident")
 
@@ -17,7 +17,7 @@ _get_ident: Callable[[], int] = get_original("_thread", "get_ident")
 class Stream:
     """What a socket and a pipe have in common: there is no position to keep."""
 
-    __slots__ = ("obj", "raw")
+    __slots__ = ("is_sink", "obj", "raw")
 
     #: Whether only a read of the object's own, after all has been moved, finds its end.
     must_read_on: ClassVar[bool] = False
@@ -28,6 +28,8 @@ class Stream:
     def __init__(self, obj: Any, raw: Any) -> None:
         self.obj = obj
         self.raw = raw
+        #: Whether it is written, not read: closed files have words for each.
+        self.is_sink = False
 
     def fileno(self) -> int:
         """Return the descriptor, as it is now."""
@@ -49,6 +51,14 @@ class Stream:
 
     def advance(self, number: int) -> None:
         """Do nothing: delivered bytes move no position."""
+
+    def may_be_read(self, answered: int) -> bool:
+        """Say whether reading the ordinary way may go on after that error of splice(2)."""
+        return recv_may_go_on(answered)
+
+    def may_be_written(self, answered: int) -> bool:
+        """Say whether writing the ordinary way may go on after that error of splice(2)."""
+        return send_may_go_on(answered)
 
     def raise_own(self, answered: int) -> NoReturn:
         """Raise what reading the object would for an error of the descriptor, minus its errno."""

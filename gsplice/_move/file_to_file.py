@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 from .._ends.page_cache import refuse_uncached
+from .._os.hub import hub_to_serve
 from .._pool.lending import acquire, release
 from .._pool.pipe import UNKNOWN, Pipe
 from .account import PIECE
@@ -21,15 +22,17 @@ def file_to_file(transfer: Transfer) -> str | None:
     """
     src = transfer.src
     ways = [("bytes_copy_file_range", _by_copy_file_range), ("bytes_spliced", _by_splice)]
+    if hub_to_serve() is None:
+        del ways[1]  # the pipe would bring a hub
     if not hasattr(os, "copy_file_range"):  # where Python was built with glibc < 2.27
         del ways[0]
     while (asked := transfer.room(min(PIECE, src.left()))) > 0:
+        if not ways:
+            return "refused"
         counter, way = ways[0]
         copied = way(transfer, asked)
         if copied < 0:
             del ways[0]
-            if not ways:
-                return "refused"
         elif copied == 0:
             break
         else:

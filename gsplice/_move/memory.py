@@ -6,7 +6,7 @@ import os
 from typing import Final
 
 from .._ends.file import File
-from .._os.results import error
+from .._os.results import answer, error
 from .._pool.pipe import Pipe
 from ..config import KiB
 from .account import PIECE
@@ -38,14 +38,16 @@ def piece_through_memory(transfer: Transfer) -> bool:
 def read(transfer: Transfer, offset: int, asked: int) -> bytes:
     """Read at most *asked* bytes of the source, a file, at *offset*; none: it ends there.
 
-    A thread reads what may have to come from a disk. Lets out the errors of pread(2).
+    A thread reads what may have to come from a disk. Lets out the errors of pread(2), and notes in
+    the transfer that there was one.
     """
     src = transfer.src
-    data = src.cache.read(src.fileno(), offset, asked)
+    data = answer(src.cache.read, src.fileno(), offset, asked)
     if data is None:
         data = transfer.on_thread((src,), os.pread, asked, offset)
-        if isinstance(data, int):
-            raise error(data)
+    if isinstance(data, int):
+        transfer.read_failed = True
+        raise error(data)
     return data  # type: ignore[no-any-return]
 
 

@@ -24,7 +24,7 @@ from .._ends.file import File
 from .._ends.page_cache import refuse_uncached
 from .._ends.pipe import CallersPipe
 from .._os.linux import SPLICE_FLAGS
-from .._os.results import NOT_NOW, answer, error, is_refusal
+from .._os.results import NOT_NOW, answer, error
 from .._pool.lending import acquire, release
 from .._pool.pipe import UNKNOWN, Pipe
 from ..config import KiB, MiB
@@ -69,15 +69,17 @@ def file_to_socket(transfer: Transfer) -> str | None:
             release(pipe)
         if filled == 0:
             break
-        if filled < 0 or is_refusal(drained):
+        if filled < 0:
             return "refused"
         most = min(PIECE, max(LEAST_FILL, 2 * taken))
-        if drained == NOT_NOW:
-            transfer.wait(dst.wait_write)
-        elif drained < 0:
-            raise error(drained)
-        else:
+        if drained > 0:
             transfer.give_way()
+        elif drained == NOT_NOW:
+            transfer.wait(dst.wait_write)
+        elif dst.may_be_written(drained):
+            return "refused"
+        else:
+            raise error(drained)
     return None
 
 
@@ -98,7 +100,7 @@ def file_to_socket_by_sendfile(transfer: Transfer) -> str | None:
         elif sent > 0:
             transfer.moved(sent, "bytes_sendfile")
             transfer.give_way()
-        elif is_refusal(sent):
+        elif dst.may_be_written(sent):
             return "refused"
         else:
             raise error(sent)
@@ -136,7 +138,7 @@ def stream_through_pool(transfer: Transfer) -> str | None:
             waited = True
         elif filled == NOT_NOW:
             waited = True
-        elif is_refusal(filled):
+        elif src.may_be_read(filled):
             return "refused"
         else:
             src.raise_own(filled)
@@ -207,11 +209,11 @@ def drain_all(transfer: Transfer, pipe: Pipe) -> bool:
         drained = drain(transfer, pipe)
         if drained == NOT_NOW:
             transfer.wait(transfer.dst.wait_write)
-        elif is_refusal(drained):
+        elif drained < 0:
+            if not transfer.dst.may_be_written(drained):
+                raise error(drained)
             write_out(transfer, pipe)
             return False
-        elif drained < 0:
-            raise error(drained)
     return True
 
 
@@ -236,7 +238,7 @@ def with_callers_pipe(transfer: Transfer) -> str | None:
             transfer.wait(src.wait_read)
             transfer.wait(dst.wait_write)
             waited = True
-        elif is_refusal(spliced):
+        elif src.may_be_read(spliced) and dst.may_be_written(spliced):
             return "refused"
         elif spliced == -errno.EPIPE:  # the destination's: a source has no reader to lose
             raise error(spliced)

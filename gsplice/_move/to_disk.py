@@ -15,7 +15,7 @@ from gevent.monkey import get_original
 from .._ends.end import End
 from .._ends.socket import Socket
 from .._os.linux import SPLICE_FLAGS
-from .._os.results import NOT_NOW, answer, is_refusal
+from .._os.results import NOT_NOW, answer
 from .._pool.pipe import UNKNOWN, Pipe
 from .._threads.descriptor import Duplicate
 from .._threads.job import Loan
@@ -114,7 +114,7 @@ def drain_to_disk(transfer: Transfer, pipe: Pipe) -> int:
     pipe.pending = pending + tap.taken - max(0, written)
     if written > 0:
         transfer.moved(written, "bytes_spliced")
-    if tap.failure and not pipe.pending and not is_refusal(tap.failure):
+    if tap.failure and not pipe.pending and not src.may_be_read(tap.failure):
         src.raise_own(tap.failure)
     return written
 

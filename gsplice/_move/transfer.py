@@ -21,12 +21,14 @@ from .account import Account
 class Transfer(Account):
     """The account of the bytes that go from *src* to *dst*, which nobody else uses meanwhile."""
 
-    __slots__ = ("_duplicates", "dst", "src")
+    __slots__ = ("_duplicates", "dst", "read_failed", "src")
 
     def __init__(self, src: Any, dst: Any, limit: int | None = None, delivered: int = 0) -> None:
         super().__init__(limit, delivered)
         self.src = src
         self.dst = dst
+        #: Whether the error that ended it came from reading a file.
+        self.read_failed = False
         #: What threads use in place of the ends' descriptors. Most transfers need no thread.
         self._duplicates: dict[End, Duplicate] = {}
 

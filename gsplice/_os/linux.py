@@ -1,13 +1,15 @@
 """What only Linux has, and stand-ins elsewhere, so that gsplice can be imported there.
 
-Two questions have no function in the standard library; ctypes, which may be missing and takes a
-while to import, is imported when the first of them is asked.
+Two questions have no function in the standard library: ctypes asks them, and where it is missing
+there is no answer. They are asked on threads, which must not import anything: gevent makes the
+locks of imports its own, and a thread that meets another at one makes a hub there. So ctypes is
+imported here, which takes 3 ms.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
-import functools
 import os
 import sys
 from typing import Any, Final
@@ -34,6 +36,23 @@ else:
     F_OFD_GETLK = F_UNLCK = F_WRLCK = 0
     F_GETFL = F_GETPIPE_SZ = F_SETPIPE_SZ = FIONREAD = MSG_MORE = SPLICE_FLAGS = 0
     AF_UNIX = fcntl = ioctl = None
+
+#: The C library, through ctypes; None where that is not to be had.
+_libc: Any = None
+if LINUX:
+    with contextlib.suppress(ImportError, OSError, AttributeError):
+        import ctypes
+
+        _Statfs = ctypes.c_long * 64
+        _MAP_FAILED = ctypes.c_void_p(-1).value
+        _all = ctypes.CDLL(None, use_errno=True)
+        # All of them looked up and declared here, too: threads only call them.
+        _all.fstatfs.argtypes = [ctypes.c_int, _Statfs]
+        _all.mmap.restype = ctypes.c_void_p
+        _all.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
+        _all.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+        _all.mincore.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_char_p]
+        _libc = _all
 
 #: preadv(2), Linux 4.14: fail with EAGAIN instead of waiting for a disk.
 RWF_NOWAIT: Final[int] = getattr(os, "RWF_NOWAIT", 0)
@@ -62,48 +81,32 @@ __all__ = [
 ]
 
 
-@functools.cache
-def _libc() -> Any:
-    import ctypes
-
-    libc = ctypes.CDLL(None, use_errno=True)
-    libc.mmap.restype = ctypes.c_void_p
-    libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
-    libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
-    libc.mincore.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_char_p]
-    return libc
-
-
 def _map(fd: int, size: int, protection: int, offset: int) -> int | None:
     """Map that range of *fd*; return where, or None with the reason in ctypes.get_errno()."""
-    import ctypes
-
-    address: int | None = _libc().mmap(None, size, protection, _MAP_SHARED, fd, offset)
-    return None if address == ctypes.c_void_p(-1).value else address
+    address: int | None = _libc.mmap(None, size, protection, _MAP_SHARED, fd, offset)
+    return None if address == _MAP_FAILED else address
 
 
 def filesystem_type(fd: int) -> int | None:
     """Return the ``f_type`` of the filesystem that *fd* is on (statfs(2)); None if unknown."""
-    try:
-        import ctypes
-
-        answer = (ctypes.c_long * 64)()
-        return int(answer[0]) & 0xFFFFFFFF if _libc().fstatfs(fd, answer) == 0 else None
-    except (ImportError, OSError, AttributeError):
+    if _libc is None:
         return None
+    answer = _Statfs()
+    return int(answer[0]) & 0xFFFFFFFF if _libc.fstatfs(fd, answer) == 0 else None
 
 
 def can_be_mapped(fd: int) -> bool:
     """Say whether mmap(2) does not refuse *fd* with ENODEV. May wait for the filesystem.
 
-    mmap.mmap() would duplicate *fd*, and closing that drops the process's locks (fcntl(2)).
+    True, too, where nobody can tell. mmap.mmap() would duplicate *fd*, and closing that drops the
+    process's locks (fcntl(2)).
     """
-    import ctypes
-
+    if _libc is None:
+        return True
     address = _map(fd, 1, _PROT_READ, 0)
     if address is None:
         return ctypes.get_errno() != errno.ENODEV
-    _libc().munmap(address, 1)
+    _libc.munmap(address, 1)
     return True
 
 
@@ -113,19 +116,16 @@ def in_core(fd: int, offset: int, length: int) -> bool:
     False, too, where neither can tell. For a file that the user neither owns nor may write the
     kernel calls every page resident (Linux 5.2): ask about one beyond the end first.
     """
-    try:
-        import ctypes
-
-        start = offset // _PAGE * _PAGE
-        pages = (offset + length - start + _PAGE - 1) // _PAGE
-        size = pages * _PAGE
-        address = _map(fd, size, _PROT_NONE, start)
-        if address is None:
-            return False
-        answer = ctypes.create_string_buffer(pages)
-        try:
-            return _libc().mincore(address, size, answer) == 0 and b"\0" not in answer.raw
-        finally:
-            _libc().munmap(address, size)
-    except (ImportError, OSError, AttributeError):
+    if _libc is None:
         return False
+    start = offset // _PAGE * _PAGE
+    pages = (offset + length - start + _PAGE - 1) // _PAGE
+    size = pages * _PAGE
+    address = _map(fd, size, _PROT_NONE, start)
+    if address is None:
+        return False
+    answer = ctypes.create_string_buffer(pages)
+    try:
+        return _libc.mincore(address, size, answer) == 0 and b"\0" not in answer.raw
+    finally:
+        _libc.munmap(address, size)

@@ -14,8 +14,37 @@ from typing import Any, Final
 #: The source has nothing now, or the destination takes nothing.
 NOT_NOW: Final = -errno.EAGAIN
 
+#: What the kernel or a sandbox answers when it will not move bytes from a socket in this way.
 _REFUSALS: Final = frozenset(
-    {errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM, errno.EXDEV, errno.ESPIPE}
+    {
+        errno.EINVAL,
+        errno.ENOMEM,
+        errno.ENOSYS,
+        errno.EOPNOTSUPP,
+        errno.EPERM,
+        errno.ESPIPE,
+        errno.EXDEV,
+    }
+)
+
+#: What the kernel says of a connection, or of a pipe that nobody reads, when bytes are to go there.
+_NO_WAY_THERE: Final = frozenset(
+    {
+        errno.EBADF,
+        errno.ECONNABORTED,
+        errno.ECONNREFUSED,
+        errno.ECONNRESET,
+        errno.EHOSTDOWN,
+        errno.EHOSTUNREACH,
+        errno.ENETDOWN,
+        errno.ENETRESET,
+        errno.ENETUNREACH,
+        errno.ENOTCONN,
+        errno.EPIPE,
+        errno.EPROTO,
+        errno.ESHUTDOWN,
+        errno.ETIMEDOUT,
+    }
 )
 
 
@@ -27,12 +56,20 @@ def answer(call: Callable[..., Any], *args: Any, **options: Any) -> Any:
         return -(err.errno or errno.EIO)
 
 
-def is_refusal(answered: int) -> bool:
-    """Say whether the kernel, a filesystem or a sandbox will not move bytes in this way.
+def recv_may_go_on(answered: int) -> bool:
+    """Say whether recv(2) may be tried after that error of a socket that is read.
 
-    Any other error is the end's own.
+    Any other is told only once, and recv(2) would find an end of file then.
     """
     return -answered in _REFUSALS
+
+
+def send_may_go_on(answered: int) -> bool:
+    """Say whether send(2) or write(2) may be tried after that error of a connection or pipe.
+
+    If anything else is wrong it says so, and says what.
+    """
+    return -answered not in _NO_WAY_THERE
 
 
 def error(answered: int) -> OSError:

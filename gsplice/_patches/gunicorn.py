@@ -14,11 +14,11 @@ from gevent.monkey import is_object_patched
 
 from .._counters import counters
 from .._ends.exact_type import by_name
-from .._ends.recognise import NotOurs, regular_file, stream_socket
+from .._ends.recognise import NotOurs, stream_socket
 from .._move.memory import read
 from .._move.move import move
 from .._move.transfer import Transfer
-from .wsgi_results import Part, find
+from .wsgi_results import Part, file_of, find
 
 #: The methods that are replaced.
 NAMES: Final = ["handle_request"]
@@ -74,7 +74,7 @@ class _FilePart:
         if not by_name(type(response), _RESPONSE) or not _takes_all(response):
             raise NotOurs("response")
         dst = stream_socket(response.sock)
-        self._transfer = Transfer(regular_file(part.file), dst)
+        self._transfer = Transfer(file_of(part), dst)
         self._response = response
         self._part: Part | None = part
         most = response.response_length

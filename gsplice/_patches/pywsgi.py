@@ -6,26 +6,22 @@ gevent.pywsgi is not imported from here: it imports ssl, which must wait until
 
 from __future__ import annotations
 
-import errno
 import sys
 from socket import IPPROTO_TCP, TCP_NODELAY
 from types import SimpleNamespace
 from typing import Any, Final
 
 from .._counters import counters
-from .._ends.recognise import NotOurs, regular_file, stream_socket
+from .._ends.recognise import NotOurs, stream_socket
 from .._ends.small import SMALL_FILE
 from .._move.memory import read
 from .._move.move import move
 from .._move.transfer import Transfer
 from .._os.linux import AF_UNIX, MSG_MORE
-from .wsgi_results import Part, find
+from .wsgi_results import Part, file_of, find
 
 #: The methods that are replaced.
 NAMES: Final = ["get_environ", "process_result"]
-
-#: Errors of a read(2), not of a socket.
-_DISK_ERRORS = frozenset({errno.EIO, errno.ESTALE})
 
 #: Methods that a response goes through on its way to the socket: a handler that overrides one must
 #: see every byte.
@@ -176,7 +172,7 @@ class _FileResponse:
             raise NotOurs("response")
         self._handler = handler
         dst = stream_socket(handler.socket)
-        src = regular_file(part.file)
+        src = file_of(part)
         declared = _declared_length(handler)
         if declared is None:
             if handler.provided_content_length is not None or not _is_file_wrapper(handler.result):
@@ -290,9 +286,8 @@ class _FileResponse:
         try:
             move(transfer)
         except OSError as err:
-            if err.errno in _DISK_ERRORS:
-                raise
-            self._note(err)
+            if not transfer.read_failed:
+                self._note(err)
             raise
         finally:
             handler.response_length += transfer.delivered - before

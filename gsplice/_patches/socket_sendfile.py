@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket as stdlib_socket
+import sys
 from io import BufferedReader, FileIO
 from socket import SOCK_STREAM
 from typing import Any, Final
@@ -62,7 +63,11 @@ def _send(sock: Any, file: Any, offset: int, count: int | None, sent: int = 0) -
     if offset:
         src.seek(offset)
     transfer = Transfer(src, dst, count, sent)
-    move(transfer)
+    try:
+        move(transfer)
+    finally:
+        if transfer.delivered and src.obj.closed:
+            file.seek(0)  # which fails, as the seek does with which gevent's sendfile ends
     return transfer.delivered
 
 
@@ -82,7 +87,7 @@ def _send_small(sock: Any, file: Any, offset: int, count: int | None) -> int | N
         or sock.timeout == 0.0
         or sock._sock.type != SOCK_STREAM
         or type(offset) is not int
-        or offset < 0
+        or not 0 <= offset <= sys.maxsize
         or not (count is None or (type(count) is int and count > 0))
     ):
         return None
@@ -131,12 +136,15 @@ def _sendfile_use_sendfile(self: Any, file: Any, offset: int = 0, count: int | N
         src = regular_file(file)
         if not src.status.st_size:
             return 0
+        offset = offset or 0
+        if not isinstance(offset, int) or not 0 <= offset < sys.maxsize:
+            raise NotOurs("arguments")
         if self.gettimeout() == 0:
             raise ValueError("non-blocking sockets are not supported")
         dst = stream_socket(self)
     except NotOurs as reason:
         raise _GiveupOnSendfile(reason.args[0]) from None
-    src.offset = offset or 0
+    src.offset = offset
     transfer = Transfer(src, dst, count)
     try:
         refused = move_inside_kernel(transfer)

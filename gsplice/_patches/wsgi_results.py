@@ -11,6 +11,8 @@ from os import SEEK_CUR, SEEK_SET
 from typing import Any, Final, NamedTuple
 
 from .._ends.exact_type import by_name
+from .._ends.file import File
+from .._ends.recognise import NotOurs, regular_file
 
 #: Iterables of all the pieces of a file, and where they keep it.
 _WRAPPERS: Final = {
@@ -43,6 +45,17 @@ class Part(NamedTuple):
     start: int = 0
     whence: int = SEEK_CUR
     length: int | None = None
+
+
+def file_of(part: Part) -> File:
+    """Return the file that *part* is of. Raises NotOurs, also if the part begins behind its end.
+
+    Whoever reads up to there finds that out, while a seek may fail.
+    """
+    file = regular_file(part.file)
+    if part.start > file.status.st_size:
+        raise NotOurs("response")
+    return file
 
 
 def find(result: object) -> Part | None:

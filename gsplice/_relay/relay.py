@@ -225,7 +225,7 @@ class _Both:
                 self._error = TimeoutError(text)
                 self._hub.loop.run_callback(self._tell)
 
-        every = min(max(timeout / _LOOKS, 0.001), _SELDOM)
+        every = max(min(timeout, _SELDOM * _LOOKS) / _LOOKS, 0.001)
         timer = self._hub.loop.timer(every, every)
         timer.start(look)
         return timer

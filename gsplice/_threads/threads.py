@@ -6,6 +6,7 @@ behind a slow disk.
 
 from __future__ import annotations
 
+import contextlib
 import weakref
 from collections import Counter, deque
 from collections.abc import Callable, Hashable, Iterable, Sequence
@@ -29,15 +30,18 @@ _ATTRIBUTE: Final = "_gsplice_threads"
 
 
 def threads() -> Threads | None:
-    """Return the threads of this greenlet's hub; None where nobody could run meanwhile."""
+    """Return the threads of this greenlet's hub; None where nobody could run meanwhile.
+
+    None, too, as long as no descriptor is left to import gevent's pool with.
+    """
     hub = None if settings.offload == "never" else hub_to_serve()
     if hub is None:
         return None
-    try:
-        return hub.__dict__[_ATTRIBUTE]  # type: ignore[no-any-return]
-    except KeyError:
-        made = hub.__dict__[_ATTRIBUTE] = Threads(hub)
-        return made
+    made: Threads | None = hub.__dict__.get(_ATTRIBUTE)
+    if made is None:
+        with contextlib.suppress(OSError):
+            made = hub.__dict__[_ATTRIBUTE] = Threads(hub)
+    return made
 
 
 class TurnToWrite:

@@ -133,6 +133,25 @@ def pyramid() -> App:
         return config.make_wsgi_app()
 
 
+def part() -> App:
+    """A part of the file: the query has the iterator, its numbers, and the length declared."""
+
+    def app(environ: dict[str, Any], start_response: Callable[..., Any]) -> Any:
+        import webob.response
+        import werkzeug.wsgi
+
+        kind, begin, end, length = environ["QUERY_STRING"].split(",")
+        numbers = [int(begin), int(end) if end else None]
+        result: Any = werkzeug.wsgi.FileWrapper(open(FILE, "rb"))
+        if kind != "whole":
+            module = webob.response if kind == "AppIterRange" else werkzeug.wsgi
+            result = getattr(module, kind)(result, *numbers)
+        start_response("200 OK", [("Content-Length", length)] if length else [])
+        return result
+
+    return app
+
+
 def upload() -> App:
     """Copy the body of a request to a file; say what has arrived, and how."""
 
@@ -172,7 +191,19 @@ def upload() -> App:
 
 @functools.cache
 def framework(name: str) -> App:
-    makers = [plain, wsgiref, flask, django, bottle, whitenoise, webob, falcon, pyramid, upload]
+    makers = [
+        plain,
+        wsgiref,
+        flask,
+        django,
+        bottle,
+        whitenoise,
+        webob,
+        falcon,
+        pyramid,
+        part,
+        upload,
+    ]
     return {maker.__name__: maker for maker in makers}[name]()
 
 
