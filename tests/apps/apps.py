@@ -56,6 +56,14 @@ def plain() -> App:
     return app
 
 
+def undeclared() -> App:
+    """The same without its length."""
+    app = plain()
+    return lambda environ, start_response: app(
+        environ, lambda status, headers: start_response(status, [])
+    )
+
+
 def wsgiref() -> App:
     """The standard library's wrapper, whatever the server offers."""
     app = plain()
@@ -172,8 +180,8 @@ def upload() -> App:
 
 @functools.cache
 def framework(name: str) -> App:
-    makers = [plain, wsgiref, flask, django, bottle, whitenoise, webob, falcon, pyramid, upload]
-    return {maker.__name__: maker for maker in makers}[name]()
+    makers = [plain, undeclared, wsgiref, flask, django, bottle, whitenoise, webob, falcon, pyramid]
+    return {maker.__name__: maker for maker in [*makers, upload]}[name]()
 
 
 def seen() -> bytes:
