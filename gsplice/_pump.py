@@ -30,7 +30,7 @@ def pump(transfer: Transfer, pipe: pipes.Pipe, src: Socket, dst: File) -> bool:
     """
     most = max(0, transfer.room(PUMP) - pipe.pending)
     while pipe.pending:
-        tap = _Tap(src, min(most, src.left(), src.holds()) if most else 0)
+        tap = _Tap(src, min(most, src.left() - src.kept(), src.holds()) if most else 0)
         most = 0  # what is left in the pipe is there because of an error, which comes again
         result = _on_thread(transfer, pipe, src, dst, tap)
         if isinstance(result, OSError):

@@ -24,7 +24,7 @@ def directly(transfer: Transfer, src: Socket | Pipe, dst: Endpoint) -> str | Non
     both are waited for, one after the other. Lets out what splice(2) says of the ends.
     """
     waited = False
-    while (asked := transfer.room(min(PIECE, src.left()))) > 0:
+    while (asked := transfer.room(min(PIECE, src.left() - src.kept()))) > 0:
         result = _splice(transfer, src, dst, asked)
         if isinstance(result, OSError) and not isinstance(result, BlockingIOError):
             if is_refusal(result, src, dst):
@@ -79,7 +79,7 @@ def through_pool(transfer: Transfer, src: Socket, dst: Endpoint) -> str | None:
     nothing, or *dst* has no room. Lets out what splice(2) says of the ends.
     """
     waited = False
-    while (asked := transfer.room(min(PIECE, src.left()))) > 0:
+    while (asked := transfer.room(min(PIECE, src.left() - src.kept()))) > 0:
         pipe = pipes.acquire()
         if pipe is None:
             return "no_pipe"

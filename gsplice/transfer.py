@@ -52,6 +52,9 @@ def move(transfer: Transfer, src: Endpoint, dst: Endpoint) -> bool:
             counters.fell_back(reason)
         if isinstance(src, File):
             through_memory(transfer, src, dst)  # what no other way has moved, or was added since
+        elif reason is None and transfer.room(1) and 0 < src.kept() == src.left():
+            transfer.wait(src.wait_read)  # here, not in read_kept(): nothing is read in a fork
+            write(transfer, dst, src.read_kept())
     finally:
         transfer.leave(src, dst)
     return isinstance(src, File) or (reason is None and not src.must_read_on)
