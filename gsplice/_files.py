@@ -239,5 +239,8 @@ def through_memory(transfer: Transfer, src: File, dst: Endpoint) -> None:
     On entry the objects have nothing buffered. Lets out the errors of reading and writing, with
     *src*'s offset after the last byte delivered.
     """
-    while (asked := transfer.room(SMALL)) > 0 and (data := read(transfer, src, src.offset, asked)):
+    buffer = memoryview(bytearray(SMALL))
+    while (asked := transfer.room(SMALL)) > 0 and (
+        data := read(transfer, src, src.offset, asked, buffer)
+    ):
         write(transfer, dst, data, src)

@@ -206,14 +206,17 @@ def _or_raise(result: Any) -> Any:
         del result
 
 
-def read(transfer: Transfer, src: File, offset: int, asked: int) -> bytes:
+def read(
+    transfer: Transfer, src: File, offset: int, asked: int, buffer: memoryview | None = None
+) -> bytes | memoryview:
     """Read at most *asked* bytes of *src* at *offset*, on a thread if a disk has to be waited for.
 
-    No bytes: *src* ends there. Lets out the errors of pread(2), and notes that there was one.
+    No bytes: *src* ends there. They may be part of *buffer*, which has room for as many. Lets out
+    the errors of pread(2), and notes that there was one.
     """
     fd = src.fileno()
     try:
-        data = src.cache.read(fd, offset, asked)
+        data = src.cache.read(fd, offset, asked, buffer)
     except OSError:
         transfer.read_failed = True
         raise
@@ -227,7 +230,9 @@ def read(transfer: Transfer, src: File, offset: int, asked: int) -> bytes:
     return data
 
 
-def write(transfer: Transfer, dst: Endpoint, data: bytes, src: Endpoint | None = None) -> None:
+def write(
+    transfer: Transfer, dst: Endpoint, data: bytes | memoryview, src: Endpoint | None = None
+) -> None:
     """Write all of *data*, read from *src*, to *dst*, whose object has nothing buffered.
 
     Lets out the errors of the ordinary write(); what had not been written then is lost, unless
