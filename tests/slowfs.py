@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import errno
 import os
+import stat
 import subprocess
 import sys
 import time
@@ -32,6 +33,7 @@ def serve() -> None:
     parser.add_argument("--direct-io", action="store_true", help="no page cache")
     parser.add_argument("--single-threaded", action="store_true", help="one request at a time")
     parser.add_argument("--sizeless", action="store_true", help="every file's size is said to be 0")
+    parser.add_argument("--more", type=int, help="sizes are said to be so much more, at least 1")
     options = parser.parse_args()
     log = os.open(options.control / "log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
 
@@ -66,6 +68,8 @@ def serve() -> None:
             names = ("st_gid", "st_mode", "st_nlink", "st_size", "st_uid")
             times = {f"st_{which}time": getattr(status, f"st_{which}time_ns") for which in "acm"}
             attributes = times | {name: getattr(status, name) for name in names}
+            if options.more is not None and stat.S_ISREG(status.st_mode):
+                return attributes | {"st_size": max(1, status.st_size + options.more)}
             return attributes | {"st_size": 0} if options.sizeless else attributes
 
         def open(self, path: str, flags: int) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import gevent
 import gevent.server
 import pytest
-from conftest import counting, digest, file_of
+from conftest import counting, digest, file_of, some_bytes
 from ends import GUARD, MiB
 from geventhttpclient import HTTPClient
 from geventhttpclient.useragent import UserAgent
@@ -100,3 +101,34 @@ def test_a_file_is_uploaded_from_where_it_stands(
     way = grown.bytes_spliced if size - position > SMALL else grown.bytes_copied
     assert way == size - position
     assert grown.fallbacks == {}
+
+
+@pytest.mark.parametrize("size", [SMALL, SIZE])
+def test_crlf_after_a_body_is_left_to_its_parser(tmp_path: Path, size: int) -> None:
+    """Its responses read in a way of their own: they go to the original."""
+    body = some_bytes(size)
+
+    def handle(sock: Any, address: Any) -> None:
+        with sock.makefile("rb") as file:
+            while line := file.readline():
+                if line == b"\r\n":
+                    head = f"HTTP/1.1 200 OK\r\nContent-Length: {size}\r\n\r\n".encode()
+                    sock.sendall(head + body + b"\r\n")
+
+    server = gevent.server.StreamServer(("127.0.0.1", 0), handle)
+    server.start()
+
+    def run() -> list[bytes]:
+        with contextlib.closing(HTTPClient("127.0.0.1", server.server_port)) as client:
+            for number in "01":
+                with open(tmp_path / number, "wb") as file:
+                    shutil.copyfileobj(client.get("/"), file)
+        return [(tmp_path / number).read_bytes() for number in "01"]
+
+    with gevent.Timeout(GUARD):
+        with unpatched():
+            assert run() == [body, body]
+        with counting() as grown:
+            assert run() == [body, body]
+    server.stop()
+    assert grown.fallbacks == {"source_type": 2}

@@ -28,7 +28,7 @@ import gevent
 import gevent.socket
 import pytest
 import urllib3
-from conftest import counting, run_program, some_bytes
+from conftest import counting, receive_all, run_program, some_bytes
 from ends import GUARD, Ends, KiB, MiB, connection, until
 from gevent.monkey import get_original
 from hypothesis import HealthCheck, given, settings
@@ -82,6 +82,8 @@ class Script:
     answers: tuple[tuple[bytes, ...], ...]
     #: What it does then: "close", "reset", or "stall" for ever.
     finally_: str = "close"
+    #: Whether each piece is sent when the client has received the one before.
+    one_by_one: bool = False
 
     def serve(self, sock: Any) -> None:
         with contextlib.suppress(OSError):
@@ -93,6 +95,8 @@ class Script:
                         return
                     request += received
                 for piece in answer:
+                    if self.one_by_one:
+                        until(lambda: not unacknowledged(sock))
                     sock.sendall(piece)
                     gevent.sleep(0.005)  # so that the client may have to wait in between
             if self.finally_ == "stall":
@@ -332,24 +336,119 @@ def test_a_content_encoding_makes_no_difference(tmp_path):
     assert compare(tmp_path, Script(answers(first)), fast=None)["arrived"] == packed
 
 
-def test_the_next_response_is_left_alone(tmp_path):
-    """A server may send it before it was asked for; what was not buffered stays in the socket."""
-    body = CONTENT[: 300 * KiB]
-    script = Script(((head(len(body)), body + SECOND),))
+def test_no_more_is_read_ahead_than_a_buffer(tmp_path):
+    """A server may send more before it is asked: what was not buffered stays in the socket."""
+    body, more = CONTENT[: 300 * KiB], CONTENT[-3 * io.DEFAULT_BUFFER_SIZE :]
 
-    def attempt(copy: Callable[..., None]) -> tuple[bytes, bytes]:
+    def attempt(copy: Callable[..., None]) -> None:
+        script = Script(((head(len(body)), body + more),))
         with gevent.Timeout(GUARD), Client(tmp_path, script) as client:
             response = client.get()
             response.read(1)
-            sink = client.sink()
-            copy(response, sink)
-            sink.close()
-            return client.path.read_bytes(), client.sock.recv(1000)
+            with client.sink() as sink:
+                copy(response, sink)
+            assert client.path.read_bytes() == body[1:]
+            left = receive_all(client.sock)
+            assert more.endswith(left)
+            assert len(more) - len(left) < io.DEFAULT_BUFFER_SIZE
 
+    attempt(original)
     with counting() as grown:
-        assert attempt(patched) == (body[1:], SECOND)
+        attempt(patched)
     assert grown.bytes_spliced > 0
     assert grown.fallbacks == {}
+
+
+CRLF = b"\r\n"
+
+#: Bodies that end on a multiple of every size in which they are read, and near one.
+AROUND = sorted({size + more for size in (64 * KiB, 2 * MiB, 3 * MiB) for more in (-1, 0, 1, 77)})
+
+
+def and_more(size: int, more: bytes, *before: bytes, tail: int = 100) -> Script:
+    """Send *more* after a body, together with its *tail*, which comes late."""
+    body = CONTENT[:size]
+    pieces = (*before, head(size), body[:-tail], body[-tail:] + more)
+    return Script(answers(*pieces), one_by_one=True)
+
+
+@pytest.mark.parametrize("number", [1, 2, 1000])
+def test_crlf_after_a_body_is_read_ahead_and_dropped(tmp_path, number):
+    """As old servers send it. What a response has read ahead ends with it."""
+    script = and_more(5000, CRLF * number, tail=5000)
+    wanted = compare(tmp_path, script, fast=None)
+    assert wanted["arrived"] == CONTENT[:5000]
+    assert wanted["second"] == (200, b"second")
+
+
+@pytest.mark.parametrize("tail", [1, 100, 8 * KiB])
+@pytest.mark.parametrize("number", [1, 2, 1000])
+@pytest.mark.parametrize("size", AROUND)
+def test_crlf_after_a_body_of_each_size(tmp_path, size, number, tail):
+    """The original may leave some of it unread, where the body ends near the end of its buffer."""
+    script = and_more(size, CRLF * number, tail=tail)
+    wanted, got = (download(copy, tmp_path, script) for copy in (original, patched))
+    assert wanted["second"] in ((200, b"second"), (http.client.BadStatusLine, None))
+    assert got == wanted | {"second": (200, b"second")}
+
+
+def test_crlf_after_a_body_and_100_continue(tmp_path):
+    script = and_more(5000, CRLF, b"HTTP/1.1 100 Continue\r\n\r\n", tail=5000)
+    assert compare(tmp_path, script, fast=None)["second"] == (200, b"second")
+
+
+@pytest.mark.parametrize("read", [1, 8 * KiB, 1 * MiB])
+def test_crlf_after_a_body_of_which_a_part_was_read(tmp_path, read):
+    script = and_more(2 * MiB, CRLF)
+    got = download(patched, tmp_path, script, before=lambda response: len(response.read(read)))
+    assert got["second"] == (200, b"second")
+
+
+def test_as_much_is_read_ahead_as_unpatched(tmp_path):
+    """More than the buffer takes is left for the next response to choke on."""
+    wanted = compare(tmp_path, and_more(2 * MiB, bytes(io.DEFAULT_BUFFER_SIZE)), fast=None)
+    assert wanted["second"][0] is http.client.BadStatusLine
+
+
+@pytest.mark.parametrize("kind", ["file", "unix", "pipe"])
+def test_crlf_after_a_body_to_each_destination(tmp_path, kind):
+    script = and_more(2 * MiB, CRLF)
+    with gevent.Timeout(GUARD), Client(tmp_path, script) as client, Ends(tmp_path) as ends:
+        response = client.get()
+        sink, arrived = ends.sink(kind)
+        with counting() as grown:
+            shutil.copyfileobj(response, sink)
+        assert arrived() == CONTENT[: 2 * MiB]
+        assert client.get().read() == b"second"
+    assert grown.bytes_spliced >= 2 * MiB - 100
+    assert (grown.bytes_spliced + grown.bytes_copied, grown.fallbacks) == (2 * MiB, {})
+
+
+@pytest.mark.parametrize("count", [2 * MiB - 1, 2 * MiB, 2 * MiB + 1])
+def test_crlf_after_a_body_and_copy_with_a_count(tmp_path, count):
+    with gevent.Timeout(GUARD), Client(tmp_path, and_more(2 * MiB, CRLF)) as client:
+        response = client.get()
+        with client.sink() as sink:
+            assert gsplice.copy(response, sink, count) == min(count, 2 * MiB)
+        assert response.read() == CONTENT[count : 2 * MiB]
+        assert client.get().read() == b"second"
+
+
+def test_the_last_byte_is_waited_for(tmp_path):
+    """It may come late, too late, or never; and the next try goes on with it."""
+    body = CONTENT[: 2 * MiB]
+    script = Script(((head(len(body)), body[:-1]),), "stall")
+
+    def attempt(copy: Callable[..., None]) -> tuple[Any, ...]:
+        with gevent.Timeout(GUARD), Client(tmp_path, script, timeout=0.1) as client:
+            response = client.get()
+            with client.sink() as sink:
+                errors = seen(copy, response, sink), seen(copy, response, sink)
+            return errors, response.isclosed(), client.path.read_bytes()[: 1 * MiB]
+
+    with counting() as grown:
+        assert attempt(patched) == attempt(original)
+    assert grown.bytes_spliced + grown.bytes_copied == len(body) - 1
 
 
 @pytest.mark.parametrize("ending", ["reset", "stall"])
@@ -822,6 +921,18 @@ def test_urllib3_and_chunks(tmp_path):
     assert wanted["arrived"] == CONTENT[:200_000]
 
 
+@pytest.mark.parametrize("decode", [False, True])
+@pytest.mark.parametrize("size", [5000, *AROUND])
+def test_urllib3_and_crlf_after_a_body(tmp_path, size, decode):
+    """It gives up a connection on which there is something to read, as some may be unpatched."""
+    script = and_more(size, CRLF, tail=min(size, 8 * KiB))
+    wanted = urllib3_download(original, tmp_path, script, decode_content=decode)
+    got = urllib3_download(patched, tmp_path, script, decode_content=decode)
+    assert (got["second"], got["connections"]) == (b"second", 1)
+    assert wanted["connections"] == 1 or size in AROUND
+    assert got == wanted | {name: got[name] for name in ("second", "connections")}
+
+
 def test_urllib3_until_the_connection_is_closed(tmp_path):
     script = Script(((head(None), CONTENT[:200_000]),))
     assert urllib3_compare(tmp_path, script)["arrived"] == CONTENT[:200_000]
@@ -954,7 +1065,7 @@ def test_a_limited_stream_around_a_response(tmp_path: Path) -> None:
     """The response lets go of its connection, as after a read to the end."""
     from werkzeug.wsgi import LimitedStream
 
-    script = Script(((head(3 * MiB), CONTENT[: 3 * MiB]), (SECOND,)))
+    script = and_more(3 * MiB, CRLF)
     with gevent.Timeout(GUARD), Client(tmp_path, script) as client, counting() as grown:
         response = client.get()
         with client.sink() as sink:
@@ -963,3 +1074,35 @@ def test_a_limited_stream_around_a_response(tmp_path: Path) -> None:
         assert response.isclosed()
         assert client.get().read() == b"second"
     assert grown.bytes_spliced > 2 * MiB
+
+
+FORK = """
+import errno, gevent, gevent.os, gevent.socket, gsplice, http.client, os, sys
+gsplice.patch_all()
+size = 2 << 20
+ours, theirs = gevent.socket.socketpair()
+response = http.client.HTTPResponse(ours)
+theirs.sendall(b"HTTP/1.1 200 OK\\r\\nContent-Length: %d\\r\\n\\r\\n" % size)
+response.begin()
+feed = gevent.spawn(theirs.sendall, bytes(size - 1))
+file = open(sys.argv[1], "wb")
+copy = gevent.spawn(gsplice.copyfileobj, response, file)
+while response.length > 1 or not ours._read_event.active:
+    gevent.sleep(0.001)
+child = gevent.os.fork_gevent()  # without a watcher: the child is ours to wait for
+if not child:
+    gevent.get_hub().print_exception = lambda *args: None
+    theirs.send(b"x")
+    copy.join()
+    # What nobody has read here is left for the parent.
+    os._exit(copy.exception.errno != errno.ECANCELED)
+assert os.waitpid(child, 0)[1] == 0
+copy.get()
+for each in file, response, ours, theirs:
+    each.close()
+assert os.path.getsize(sys.argv[1]) == size
+"""
+
+
+def test_a_fork_while_the_last_byte_is_waited_for(tmp_path):
+    run_program(FORK, tmp_path / "copy")

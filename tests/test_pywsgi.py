@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gzip
+import http.client
 import io
 import os
 import subprocess
@@ -18,6 +19,8 @@ import gevent.socket
 import gevent.ssl
 import pytest
 from conftest import counting, file_of, receive_all, some_bytes
+from ends import GUARD
+from falcon.routing.static import _BoundedFile
 from gevent import pywsgi
 from slowfs import SlowFS
 
@@ -569,6 +572,73 @@ def test_a_small_file_that_is_shorter_than_it_says_has_its_real_length(serve: An
         _, headers, body = split(serve(file_app(path)).ask(request()))
     assert (int(headers["Content-Length"]), body) == (len(body), path.read_bytes())
     assert (grown.bytes_copied, grown.fallbacks) == (len(body), {})
+
+
+def asked_twice(server: Any, method: str, version: str) -> list[tuple[int, bytes]]:
+    """Return the answers that a client gets on one connection that it wants to keep."""
+    got = []
+    with gevent.Timeout(GUARD), server.connect() as sock:
+        for _ in range(2):
+            sock.sendall(request(method, close=False, version=version).encode())
+            response = http.client.HTTPResponse(sock, method=method)
+            response.begin()
+            got.append((response.status, response.read()))
+            if response.will_close:
+                break
+            response.close()
+        assert not receive_all(sock) if response.will_close else True
+    return got
+
+
+# Of a size that is far too large, the page cache gives whoever reads zeros now and then.
+@pytest.mark.parametrize(
+    ("more", "direct"),
+    [(more, ["--direct-io"]) for more in (1_000_000, 10, -10, -150_000, -299_999)]
+    + [(more, []) for more in (10, -10, -150_000, -299_999)],
+)
+def test_a_size_that_is_wrong(serve: Any, tmp_path: Path, more: int, direct: list[str]) -> None:
+    """As network filesystems may have it: the answer is whole, and the connection goes on."""
+    with SlowFS(tmp_path, f"--more={more}", *direct) as slow:
+
+        def new(size: int) -> App:
+            path = slow.mount / f"file{len(list(slow.directory.iterdir()))}"
+            file_of(slow.directory / path.name, size)
+            return file_app(path)
+
+        for size in (300_000, 1000, 10):
+            for version, number in (("1.1", 2), ("1.0", 1)):
+                ours = asked_twice(serve(new(size)), "GET", version)
+                assert ours == asked_twice(serve(unpatched(new(size))), "GET", version)
+                assert len(ours) == number
+                if direct or more > 0:  # the kernel caches no more than the size
+                    assert ours[0] == (200, some_bytes(size))
+            assert asked_twice(serve(new(size)), "HEAD", "1.1") == [(200, b"")] * 2
+
+
+def test_a_wrong_size_is_counted(serve: Any, tmp_path: Path) -> None:
+    with SlowFS(tmp_path, "--more=1000", "--direct-io") as slow:
+        file_of(slow.directory / "file", 200_000)
+        with counting() as grown:
+            answer = serve(file_app(slow.mount / "file")).ask(request())
+    assert b"Content-Length" not in answer
+    assert (grown.transfers, grown.fallbacks) == (0, {"size": 1})
+
+
+def test_a_wrong_size_makes_no_difference_to_a_part_within_it(serve: Any, tmp_path: Path) -> None:
+    for more in (1000, -1000):
+        (tmp_path / str(more)).mkdir()
+        with SlowFS(tmp_path / str(more), f"--more={more}", "--direct-io") as slow:
+            file_of(slow.directory / "file", 200_000)
+
+            def app(environ: dict[str, Any], start_response: Any, slow: Any = slow) -> Any:
+                start_response("200 OK", [])
+                return FileWrapper(_BoundedFile((slow.mount / "file").open("rb"), 100_000))
+
+            with counting() as grown:
+                _, headers, body = split(serve(app).ask(request()))
+            assert (headers["Content-Length"], body) == ("100000", some_bytes(200_000)[:100_000])
+            assert grown.transfers == 1
+            assert "size" not in grown.fallbacks
 
 
 def test_a_read_that_gives_too_much_is_cut_too(serve: Any) -> None:

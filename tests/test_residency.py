@@ -22,8 +22,13 @@ from gsplice.config import settings
 EXT4, TMPFS, FUSE = 0xEF53, 0x01021994, 0x65735546
 
 
+def assert_on_disk(fd: int) -> None:
+    assert filesystem_type(fd) not in (TMPFS, FUSE, None), "the tests need a disk"
+
+
 def drop(fd: int) -> None:
     """Have the page cache forget all of a file; pass if it has."""
+    assert_on_disk(fd)
     os.fsync(fd)
     os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
     for offset in range(0, os.fstat(fd).st_size, 4 * KiB):
@@ -56,7 +61,7 @@ def opened(path: Path, flags: int = os.O_RDWR) -> Iterator[int]:
 def disk(tmp_path: Path) -> Iterator[int]:
     """8 MiB on a disk, all in the page cache."""
     with opened(file_of(tmp_path / "file", 8 * MiB)) as fd:
-        assert filesystem_type(fd) not in (TMPFS, FUSE, None), "the tests need a disk"
+        assert_on_disk(fd)
         yield fd
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 from conftest import digest, ended_with, file_of, receive_all
+from slowfs import SlowFS
 
 APPS = Path(__file__).with_name("apps")
 SIZE = 1_000_003
@@ -208,6 +209,29 @@ def test_the_fast_way(servers: Any, root: Path, kind: str, path: str) -> None:
         assert b" 206 " in answer.partition(b"\r\n")[0]
         assert answer.partition(b"\r\n\r\n")[2] == content[200_001:700_001]
         assert sent == (500_000 if kind in part else 0)
+
+
+@pytest.mark.parametrize("more", [100_000, -100_000])
+@pytest.mark.parametrize("kind", WSGI)
+def test_a_size_that_is_wrong(tmp_path: Path, kind: str, more: int) -> None:
+    """As long as nobody declares it. gunicorn does, in the head of its only chunk."""
+    with contextlib.ExitStack() as stack:
+        slow = stack.enter_context(SlowFS(tmp_path, f"--more={more}", "--direct-io"))
+        file_of(slow.directory / "file.bin", SIZE)
+        ours, theirs = (
+            stack.enter_context(serving(kind, slow.mount, patched)) for patched in (True, False)
+        )
+        get = "/undeclared/"
+        twice = request(get, close=False) + request(get)
+        answer = ours.ask(twice)
+        assert comparable(answer) == comparable(theirs.ask(twice))
+        if kind in PYWSGI:
+            assert len(comparable(answer)[0]) == 2
+            assert answer.endswith(b"\r\n0\r\n\r\n")
+        for path, version in ((get, "1.0"), *((path, "1.1") for path in FAST)):
+            asked = request(path, version=version)
+            if path == get or more > 0:  # what is more than was declared, we don't send
+                assert comparable(ours.ask(asked)) == comparable(theirs.ask(asked)), path
 
 
 @pytest.mark.parametrize("kind", WSGI)

@@ -232,7 +232,7 @@ def test_no_job_does_what_a_thread_must_not(
     assert {name for name in files if not any(part in name for part in HARMLESS)} == set()
     assert not {name for name in told["called"] if name in ("importlib", "_imp", "logging")}
     assert {
-        *("_fill", "_copy_range", "_splice_range", "_pump", "_write_at", "pread", "close"),
+        *("_fill_from_disk", "_copy_range", "_splice_range", "_drain_and_fill", "_write_at", "pread", "close"),
         *("filesystem_type", "refuse_uncached", "can_be_mapped", "drop"),
     } <= {*told["jobs"]}
     assert {ERRNO_EIO, ERRNO_ENOSPC} <= {*told["errors"]}

@@ -758,15 +758,19 @@ def test_a_peer_that_never_reads_runs_into_the_timeout(small_ends: Ends, sender:
 def test_one_greenlet_at_a_time_may_wait_for_a_socket(small_ends: Ends, sender: str) -> None:
     for send in SENDERS[sender]:
         sending = Sending(small_ends, sender, send)
-        other = small_ends.source("file", some_bytes(1 * MiB))
+        others = some_bytes(1 * MiB, seed=1)
+        other = small_ends.source("file", others)
         assert outcome(send, other, sending.dst) == (ConcurrentObjectUseError, None)
         arrived = receiver(sending.peer)
         assert sending.result()[0] == "returned"
         sending.close()
         received = arrived.get(timeout=GUARD)
-        if send is SENDERS[sender][0]:  # the unpatched ones have sent some of both
-            assert other.tell() == 0
-            assert digest(received) == digest(some_bytes(4 * MiB))
+        if send is SENDERS[sender][0]:  # unpatched, a file may stand where it was read to
+            # On Linux 6.1 a socket that poll(2) does not call writable may take some bytes more.
+            sent = others[: other.tell()]
+            before, _, after = received.partition(sent) if sent else (received, b"", b"")
+            assert len(received) == 4 * MiB + len(sent)
+            assert digest(before + after) == digest(some_bytes(4 * MiB))
 
 
 def start_receiving(

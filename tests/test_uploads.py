@@ -80,6 +80,29 @@ def test_the_next_request_is_left_alone(both: Any, path: str) -> None:
     assert received.count(b"HTTP/1.1 ") == 3
 
 
+@pytest.mark.parametrize("number", [1, 2, 1000])
+@pytest.mark.parametrize("path", PATHS)
+def test_crlf_after_a_body_is_left_to_the_server(both: Any, path: str, number: int) -> None:
+    """As old browsers sent it. What a server makes of it, it makes of it here, too."""
+
+    def exchange(server: Server) -> bytes:
+        received = b""
+        with server.connect() as sock:
+            sock.sendall(post(path, close=False) + b"\r\n" * number)
+            while b"}}" not in received:
+                received += sock.recv(4096)
+            kept = b""
+            with contextlib.suppress(OSError):  # it may have been closed by now, or reset
+                sock.sendall(request("/nothing"))
+                kept = receive_all(sock)
+        first = received[: received.index(b"}}") + 2]
+        return first + (b"HTTP/1.1 404 kept\r\n\r\n" if b" 404 " in received + kept else b"")
+
+    [seen] = answers(both(exchange))
+    assert seen["digest"] == digest(BODY)
+    assert seen["spliced"] > 0
+
+
 @pytest.mark.parametrize("path", PATHS)
 def test_a_client_that_waits_to_be_asked(both: Any, path: str) -> None:
     def exchange(server: Server) -> bytes:

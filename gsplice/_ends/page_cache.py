@@ -122,13 +122,16 @@ class Residency:
                 self._met_disk(offset)
         return min(self._end - offset, most)
 
-    def read(self, fd: int, offset: int, size: int) -> bytes | None:
+    def read(
+        self, fd: int, offset: int, size: int, buffer: memoryview | None = None
+    ) -> bytes | memoryview | None:
         """Read at most *size* bytes at *offset*, or return None if that may need a disk.
 
-        No bytes: the file ends there. Lets out the errors of pread(2).
+        No bytes: the file ends there. They may be part of *buffer*, which has room for as many.
+        Lets out the errors of pread(2).
         """
         if self._question(fd, offset) is _probe:
-            return read_resident(fd, offset, size)
+            return read_resident(fd, offset, size, buffer)
         return os.pread(fd, size, offset) if self.ready(fd, offset, size) == size else None
 
     def write_waits(self, size: int) -> bool:
@@ -201,17 +204,20 @@ def refuse_uncached(fd: int) -> None:
         raise OSError(errno.EOPNOTSUPP, "the file must not be cached")
 
 
-def read_resident(fd: int, offset: int, size: int) -> bytes | None:
+def read_resident(
+    fd: int, offset: int, size: int, buffer: memoryview | None = None
+) -> memoryview | None:
     """Read at most *size* bytes at *offset* from the page cache; None if they are not there.
 
-    No bytes: the file ends there. Lets out OSError where the filesystem can't tell (EOPNOTSUPP).
+    No bytes: the file ends there. They are part of *buffer*, if it is given. Lets out OSError where
+    the filesystem can't tell (EOPNOTSUPP).
     """
-    buffer = bytearray(size)
+    buffer = memoryview(bytearray(size)) if buffer is None else buffer[:size]
     try:
         number = os.preadv(fd, (buffer,), offset, RWF_NOWAIT)
     except BlockingIOError:
         return None
-    return bytes(buffer) if number == size else bytes(buffer[:number])
+    return buffer[:number]
 
 
 def _all(fd: int, offset: int, end: int) -> int:

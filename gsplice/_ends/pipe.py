@@ -13,12 +13,15 @@ from gevent import get_hub
 from gevent import socket as gsocket
 from gevent.monkey import get_original
 
-from .._os.linux import LINUX
+from .._os.linux import F_GETPIPE_SZ, LINUX, RWF_NOWAIT, SPLICE_FLAGS, fcntl
+from .._pool.lending import acquire, release
+from .._pool.pipe import UNKNOWN
 from .closed import check_open
 from .stream import Stream
 
 # gevent's would let other greenlets run.
 _poll: Callable[[], Any] = get_original("select", "poll")
+_close: Callable[[int], None] = get_original("os", "close")
 _epoll: Any = get_original("select", "epoll") if LINUX else None
 
 
@@ -39,13 +42,45 @@ class CallersPipe(Stream):
     def write_some(self, data: memoryview) -> int:
         """Write part of *data*; say how much. Raises BlockingIOError when there is no room."""
         fd = self.fileno()
-        if isinstance(self.raw, io.FileIO):  # blocking: a full pipe would have the hub wait
-            poll = _poll()
-            poll.register(fd, select.POLLOUT)
-            if not poll.poll(0):
-                raise BlockingIOError(errno.EAGAIN, "pipe is full")
-            data = data[: select.PIPE_BUF]  # for so much there is room then (pipe(7))
-        return os.write(fd, data)
+        if not isinstance(self.raw, io.FileIO):
+            return os.write(fd, data)
+        # It is blocking: a write(2) of more than there is room for would have the hub wait.
+        if RWF_NOWAIT:
+            try:
+                return os.pwritev(fd, (data,), -1, RWF_NOWAIT)
+            except (BlockingIOError, BrokenPipeError):
+                raise
+            except OSError:  # before Linux 6.4, or a FIFO that has a name
+                pass
+        poll = _poll()
+        poll.register(fd, select.POLLOUT)
+        if not poll.poll(0):
+            raise BlockingIOError(errno.EAGAIN, "pipe is full")
+        return self._splice(fd, data) or os.write(fd, data[: select.PIPE_BUF])
+
+    def _splice(self, fd: int, data: memoryview) -> int:
+        """Write part of *data* through a pipe of the pool, from which splice(2) never waits.
+
+        Returns 0 where there is no such pipe, or splice(2) is refused. On entry the caller's pipe
+        has room for PIPE_BUF bytes: so much has a slot of its own (pipe(7)). Lets out
+        BlockingIOError if others have just filled that, and BrokenPipeError.
+        """
+        room = (fcntl(fd, F_GETPIPE_SZ) - self.holds()) & -select.PIPE_BUF
+        pipe = acquire()
+        if pipe is None:
+            return 0
+        try:
+            pipe.pending = UNKNOWN
+            pipe.pending = os.write(pipe.write_fd, data[: max(room, select.PIPE_BUF)])
+            moved = os.splice(pipe.read_fd, fd, pipe.pending, flags=SPLICE_FLAGS)
+            pipe.pending -= moved
+            return moved
+        except (BlockingIOError, BrokenPipeError):
+            raise
+        except OSError:
+            return 0
+        finally:
+            release(pipe)  # which closes it if something is left
 
     def wait_read(self) -> None:
         """Wait until the pipe has bytes, or has lost its last writer."""
@@ -57,13 +92,24 @@ class CallersPipe(Stream):
 
     def _wait(self, watcher: str, wait: Callable[[int], None]) -> None:
         fd = self.fileno()
-        if isinstance(self.raw, io.FileIO):
-            if "libuv" in get_hub().loop.__class__.__module__:
-                _wait_blocking(fd, watcher)
-            else:
-                wait(fd)
-        else:  # gevent's own: waiting as its read() does lets a close wake us
+        if not isinstance(self.raw, io.FileIO):
+            # gevent's own: waiting as its read() does lets a close wake us
             gsocket.wait(getattr(self.raw, watcher), None, None, self.raw.hub)
+            return
+        try:
+            # Closed by another greenlet meanwhile, the first would never wake us, and libev aborts
+            # when it finds that out. A forked child keeps it for the same reason.
+            own = os.dup(fd)
+        except OSError:  # there are none left
+            own = fd
+        try:
+            if "libuv" in get_hub().loop.__class__.__module__:
+                _wait_blocking(own, watcher)
+            else:
+                wait(own)
+        finally:
+            if own != fd:
+                _close(own)
 
 
 def _wait_blocking(fd: int, watcher: str) -> None:

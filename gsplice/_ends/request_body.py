@@ -145,6 +145,14 @@ class LimitedBody(Body):
         own: int = self._stream.limit - self._stream._pos
         return min(self._inner.left(), own)
 
+    def kept(self) -> int:
+        """Keep back what the inner body does."""
+        return self._inner.kept()
+
+    def read_kept(self) -> bytes:
+        """Read that through both objects."""
+        return self._stream.read(1)  # type: ignore[no-any-return]
+
     def took(self, number: int) -> None:
         """Count as ``read()`` does, in both objects."""
         self._inner.took(number)

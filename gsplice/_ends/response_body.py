@@ -36,6 +36,17 @@ class ClientBody(Body):
         length: int | None = self._response.length
         return sys.maxsize if length is None else length
 
+    def kept(self) -> int:
+        """Keep the last byte back: with it, read() reads ahead, and drops what is not the body's.
+
+        A server may send CRLF after a body, which the next response must not begin with.
+        """
+        return 0 if self._response.length is None else 1
+
+    def read_kept(self) -> bytes:
+        """Read the last byte, and let go of the connection."""
+        return self._response.read(1)  # type: ignore[no-any-return]
+
     def took(self, number: int) -> None:
         """Count as ``read()`` does, which is before the bytes are written anywhere."""
         if self._response.length is not None:
@@ -72,6 +83,10 @@ class Urllib3Body(ClientBody):
             self._outer._fp_bytes_read += number
             if self._outer.length_remaining is not None:
                 self._outer.length_remaining -= number
+
+    def read_kept(self) -> bytes:
+        """Read the last byte, and have both responses let go of the connection."""
+        return self._outer.read(1)  # type: ignore[no-any-return]
 
     def fileno(self) -> int:
         """Return the descriptor, or raise, as :class:`Socket` does."""

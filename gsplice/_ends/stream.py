@@ -39,6 +39,14 @@ class Stream:
         """Return how many bytes may be taken: all that come."""
         return sys.maxsize
 
+    def kept(self) -> int:
+        """Return how many of the last bytes only the object's own read() may take."""
+        return 0
+
+    def read_kept(self) -> bytes:
+        """Have the object read these: nothing else is left. Lets out what its read() raises."""
+        return b""
+
     def holds(self) -> int:
         """Return how many bytes there are to read (pipe(7), tcp(7), unix(7): FIONREAD)."""
         return int.from_bytes(ioctl(self.fileno(), FIONREAD, bytes(4)), sys.byteorder)

@@ -23,26 +23,30 @@ def through_memory(transfer: Transfer) -> None:
     On entry the objects have nothing buffered. Lets out the errors of reading and writing; the
     source's offset is then after the last byte delivered.
     """
-    while piece_through_memory(transfer):
+    buffer = memoryview(bytearray(READ_SIZE))
+    while piece_through_memory(transfer, buffer):
         pass
 
 
-def piece_through_memory(transfer: Transfer) -> bool:
+def piece_through_memory(transfer: Transfer, buffer: memoryview | None = None) -> bool:
     """Do one piece of :func:`through_memory`; return False at the end of the file or the limit."""
     asked = transfer.room(READ_SIZE)
-    data = read(transfer, transfer.src.offset, asked) if asked > 0 else b""
+    data = read(transfer, transfer.src.offset, asked, buffer) if asked > 0 else b""
     write(transfer, data)
     return bool(data)
 
 
-def read(transfer: Transfer, offset: int, asked: int) -> bytes:
+def read(
+    transfer: Transfer, offset: int, asked: int, buffer: memoryview | None = None
+) -> bytes | memoryview:
     """Read at most *asked* bytes of the source, a file, at *offset*; none: it ends there.
 
+    They may be part of *buffer*, which has room for as many.
     A thread reads what may have to come from a disk. Lets out the errors of pread(2), and notes in
     the transfer that there was one.
     """
     src = transfer.src
-    data = answer(src.cache.read, src.fileno(), offset, asked)
+    data = answer(src.cache.read, src.fileno(), offset, asked, buffer)
     if data is None:
         data = transfer.on_thread((src,), os.pread, asked, offset)
     if isinstance(data, int):
@@ -51,7 +55,7 @@ def read(transfer: Transfer, offset: int, asked: int) -> bytes:
     return data  # type: ignore[no-any-return]
 
 
-def write(transfer: Transfer, data: bytes) -> None:
+def write(transfer: Transfer, data: bytes | memoryview) -> None:
     """Write all of *data*, read from the source, to the destination, which has nothing buffered.
 
     Lets out the errors of the ordinary write(). What had not been written then is lost, unless the

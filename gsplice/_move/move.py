@@ -36,6 +36,9 @@ def move(transfer: Transfer) -> bool:
             counters.fell_back(reason)
         if is_file:
             through_memory(transfer)  # what no other way has moved, or was added since
+        elif reason is None and transfer.room(1) and 0 < src.kept() == src.left():
+            transfer.wait(src.wait_read)  # here, not in read_kept(): nothing is read in a fork
+            write(transfer, src.read_kept())
     finally:
         transfer.leave()
     return is_file or (reason is None and not src.must_read_on)

@@ -114,7 +114,7 @@ def stream_through_pool(transfer: Transfer) -> str | None:
     """
     src = transfer.src
     waited = False
-    while (asked := transfer.room(min(PIECE, src.left()))) > 0:
+    while (asked := transfer.room(min(PIECE, src.left() - src.kept()))) > 0:
         if waited:
             transfer.wait(src.wait_read)
         else:
@@ -225,7 +225,7 @@ def with_callers_pipe(transfer: Transfer) -> str | None:
     """
     src, dst = transfer.src, transfer.dst
     waited = False
-    while (asked := transfer.room(min(PIECE, src.left()))) > 0:
+    while (asked := transfer.room(min(PIECE, src.left() - src.kept()))) > 0:
         spliced = _splice_directly(transfer, asked)
         if spliced > 0:
             src.took(spliced)

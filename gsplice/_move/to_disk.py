@@ -95,7 +95,7 @@ def drain_to_disk(transfer: Transfer, pipe: Pipe) -> int:
     src = transfer.src
     pending, pipe.pending = pipe.pending, UNKNOWN
     most = max(0, transfer.room(DISK_PIECE) - pending)
-    tap = _Tap(src, min(most, src.left(), src.holds()) if most else 0)
+    tap = _Tap(src, min(most, src.left() - src.kept(), src.holds()) if most else 0)
     src.took(tap.left)  # another reader must not count it, too
     try:
         written = into_file(

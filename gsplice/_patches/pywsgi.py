@@ -182,9 +182,7 @@ class _FileResponse:
         src.seek(part.start, part.whence)
         self._transfer = Transfer(src, dst)
         if declared is None:
-            left = max(0, src.left())
-            # In sysfs the size is that of a page: what a small file really has is what counts.
-            declared = self._read_small(_cut(left, part.length))
+            declared = self._real_length(part.length)
             self._length = declared
             handler.provided_content_length = str(declared)
             handler.response_headers.append((b"Content-Length", b"%d" % declared))
@@ -193,18 +191,44 @@ class _FileResponse:
             self._read_small(self._length)
         self._declared = declared
 
-    def _read_small(self, length: int) -> int:
+    def _real_length(self, most: int | None) -> int:
+        """Return how many bytes the file has from its offset on, *most* at the most.
+
+        Raises NotOurs if a big one has less than its filesystem says, or any has more, as on FUSE
+        and network filesystems: only reading finds the end then. Lets out the errors of reading.
+        """
+        transfer, src = self._transfer, self._transfer.src
+        length = _cut(max(0, src.left()), most)
+        more = int(length != most)  # a byte that is asked for and must not be there
+        if length <= SMALL_FILE:
+            # In sysfs the size is that of a page: what a small file really has is what counts.
+            real = self._read_small(length, more)
+            if real <= length:
+                return real
+            src.obj.seek(src.offset)
+        else:
+            self._first = b""
+            try:
+                last = read(transfer, src.offset + length - 1, 1 + more)
+            finally:
+                transfer.close()
+            if len(last) == 1:
+                return length
+        raise NotOurs("size")
+
+    def _read_small(self, length: int, more: int = 0) -> int:
         """Read all if *length* is small, so that a disk error becomes pywsgi's error response.
 
-        Return the length there really is, as far as that is known now.
+        Then *more* bytes are read as well. Return the length there really is, as far as that is
+        known now.
         """
         self._first = b""
         transfer, src = self._transfer, self._transfer.src
         if length > SMALL_FILE:
             return length
-        first = src.read_ahead(length)
+        first = src.read_ahead(length + more)
         try:
-            while (asked := length - len(first)) and (
+            while (asked := length + more - len(first)) and (
                 data := read(transfer, src.offset + len(first), asked)
             ):
                 first += data

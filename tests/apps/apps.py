@@ -56,6 +56,14 @@ def plain() -> App:
     return app
 
 
+def undeclared() -> App:
+    """The same without its length."""
+    app = plain()
+    return lambda environ, start_response: app(
+        environ, lambda status, headers: start_response(status, [])
+    )
+
+
 def wsgiref() -> App:
     """The standard library's wrapper, whatever the server offers."""
     app = plain()
@@ -193,6 +201,7 @@ def upload() -> App:
 def framework(name: str) -> App:
     makers = [
         plain,
+        undeclared,
         wsgiref,
         flask,
         django,
