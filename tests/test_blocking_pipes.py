@@ -16,6 +16,7 @@ from ends import GUARD, MOVERS, KiB, MiB, until
 from gevent.monkey import get_original
 
 import gsplice
+from gsplice._ends.pipe import CallersPipe
 from gsplice.config import settings
 
 SIZE = 300 * KiB + 7
@@ -48,7 +49,7 @@ class BlockingPipe:
         return self.holds() > fcntl.fcntl(self.read_fd, fcntl.F_GETPIPE_SZ) - 4 * KiB
 
     def holds(self) -> int:
-        return gsplice.pipe.CallersPipe(None, open(self.read_fd, "rb", 0, closefd=False)).holds()
+        return CallersPipe(None, open(self.read_fd, "rb", 0, closefd=False)).holds()
 
     def copying(self, copy: Callable[..., Any] = gsplice.copy) -> gevent.Greenlet:
         """Start to copy; return when the pipe is full and its room is waited for."""
@@ -201,7 +202,7 @@ def test_a_pipe_closed_by_another_greenlet(pipe: BlockingPipe) -> None:
 def test_a_copy_under_way_is_the_parents(tmp_path: Path) -> None:
     program = """
 import errno, os, sys, gevent, gevent.os, gevent.socket, gsplice
-from gsplice.endpoints import Pipe
+from gsplice._ends.pipe import CallersPipe as Pipe
 read_fd, write_fd = os.pipe()
 src, dst = open(sys.argv[1], 'rb'), open(write_fd, 'wb')
 reader = Pipe(None, open(read_fd, 'rb', 0))

@@ -35,8 +35,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import gsplice
-from gsplice import config
 from gsplice._ends import recognise
+from gsplice._ends.small import SMALL_BODY
 from gsplice._move import splice
 
 SOL_SOCKET, SO_LINGER = gevent.socket.SOL_SOCKET, gevent.socket.SO_LINGER
@@ -213,7 +213,7 @@ def test_a_body_of_each_size(tmp_path, size, apart):
 @pytest.mark.parametrize("read", [0, 1])
 @pytest.mark.parametrize("size", [1, 1 * MiB, 1 * MiB + 1])
 def test_a_small_body_is_read(tmp_path, monkeypatch, size, read):
-    monkeypatch.setattr(recognise, "SMALL_BODY", config.SMALL_BODY)
+    monkeypatch.setattr(recognise, "SMALL_BODY", SMALL_BODY)
     small = size - read <= 1 * MiB
     compare(
         tmp_path,

@@ -78,7 +78,7 @@ def test_the_text_is_what_stats_tells() -> None:
     text, stats = metrics.prometheus_text(), gsplice.stats()
     found = samples_of(text_string_to_metric_families(text))
     assert found == expected(stats)
-    assert found["gsplice_transferred_bytes_total", (("way", "sendfile"),)] >= 1 * MiB
+    assert found["gsplice_transferred_bytes_total", (("way", "splice"),)] >= 1 * MiB
     assert found["gsplice_fallbacks_total", (("reason", "source_type"),)] >= 1
 
 

@@ -1186,7 +1186,7 @@ def test_always(tmp_path: Path, way: str, size: int, monkeypatch: pytest.MonkeyP
     assert got[1:] == (digest(some_bytes(size)), size)
     assert moved(grown) == size
     assert grown.offloads > 0
-    assert grown.bytes_spliced == 0
+    assert grown.bytes_sendfile == 0
 
 
 #: Starts a dozen transfers of held files.

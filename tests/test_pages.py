@@ -156,7 +156,7 @@ return Object.fromEntries([...document.querySelectorAll(".plot dl div")].map(
 def total(browser: webdriver.Chrome) -> str:
     script = """
 const rows = [...document.querySelectorAll(".counters tr")];
-return rows.find(row => row.textContent.startsWith("bytes sendfile"))?.lastChild.textContent;
+return rows.find(row => row.textContent.startsWith("bytes spliced"))?.lastChild.textContent;
 """
     return str(browser.execute_script(script))
 

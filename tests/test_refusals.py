@@ -34,7 +34,7 @@ import hashlib, json, shutil, sys
 import gevent, gsplice
 from conftest import receiver
 from ends import connection
-from gsplice import _socket
+from gsplice._patches import socket_sendfile as _socket
 
 way, path = sys.argv[1:]
 gsplice.patch_all()
@@ -72,8 +72,13 @@ print(json.dumps({
 """
 
 WAYS = ["sendfile", "_sendfile_use_sendfile", "copyfileobj", "copy"]
-#: Whether the page cache has the file, and which call moves it then.
-TEMPERATURES = {"hot": ("never", "sendfile"), "cold": ("always", "splice")}
+#: The call that moves the file, and the settings that bring it about: whether the page cache has
+#: it, and whether the pool has a pipe for it.
+TEMPERATURES = {
+    "hot": ("splice", {"GSPLICE_OFFLOAD": "never"}),
+    "cold": ("splice", {"GSPLICE_OFFLOAD": "always"}),
+    "no pipe": ("sendfile", {"GSPLICE_OFFLOAD": "never", "GSPLICE_MAX_PIPES": "0"}),
+}
 #: What a filesystem or a driver has said for want of something better, here or elsewhere.
 OF_FILES = ["ENODATA", "EOVERFLOW", "EIO", "EREMOTEIO", "ENOMEM", "EACCES"]
 #: What a connection says.
@@ -83,7 +88,7 @@ READS = "pread64,preadv2,read"
 
 def environment(temperature: str) -> dict[str, str]:
     paths = os.pathsep.join(map(str, [TESTS, TESTS.parent]))
-    return os.environ | {"PYTHONPATH": paths, "GSPLICE_OFFLOAD": TEMPERATURES[temperature][0]}
+    return os.environ | {"PYTHONPATH": paths, **TEMPERATURES[temperature][1]}
 
 
 def traced(way: str, path: Path, temperature: str, *options: str) -> SimpleNamespace:
@@ -98,7 +103,10 @@ def traced(way: str, path: Path, temperature: str, *options: str) -> SimpleNames
     )
     assert done.returncode == 0, done.stderr
     assert "(INJECTED)" in log.read_text()
-    return SimpleNamespace(**json.loads(done.stdout))
+    said = SimpleNamespace(**json.loads(done.stdout))
+    if temperature == "no pipe":
+        assert said.fallbacks.pop("no_pipe") == 1
+    return said
 
 
 def failing(calls: str, error: str, when: str, path: Path | None = None) -> list[str]:
@@ -123,7 +131,7 @@ def test_what_the_kernel_does_not_send_is_read(
     tmp_path: Path, way: str, temperature: str, error: str
 ) -> None:
     path = file_of(tmp_path / "file", SIZE)
-    call = TEMPERATURES[temperature][1]
+    call = TEMPERATURES[temperature][0]
     said = traced(way, path, temperature, *failing(call, error, "1+", path))
     if way == "_sendfile_use_sendfile":
         assert (said.result, said.failed, said.position) == ("gave up", None, 0)
@@ -139,7 +147,7 @@ def test_what_the_kernel_sends_no_further_is_read(
     tmp_path: Path, way: str, temperature: str
 ) -> None:
     path = file_of(tmp_path / "file", SIZE)
-    call = TEMPERATURES[temperature][1]
+    call = TEMPERATURES[temperature][0]
     said = traced(way, path, temperature, *failing(call, "ENODATA", "2+", path))
     if way == "_sendfile_use_sendfile":
         said.fallbacks["refused"] = 1  # it has no other way to go on, and counts none
@@ -154,7 +162,7 @@ def test_what_cannot_be_read_either_is_the_error_of_the_read(
     tmp_path: Path, way: str, temperature: str
 ) -> None:
     path = file_of(tmp_path / "file", SIZE)
-    call = TEMPERATURES[temperature][1]
+    call = TEMPERATURES[temperature][0]
     faults = failing(f"{call},{READS}", "EIO", "1+", path)
     faults[-1] = f"inject={READS}:error=EIO"
     said = traced(way, path, temperature, *faults, "-e", f"inject={call}:error=ENODATA")
@@ -171,12 +179,14 @@ def test_what_a_connection_says_is_raised(
 ) -> None:
     """Asked again it would say something else, so nobody asks."""
     path = file_of(tmp_path / "file", SIZE)
-    if temperature == "hot":
-        faults = failing("sendfile", error, "1+", path)
-    else:
-        # strace counts the calls of each thread. This one tries splice(2) and then drains a pipe,
-        # which another one fills.
-        faults = failing("splice", error, "2+")
+    # strace counts the calls of each thread. This one tries splice(2), and then drains a pipe,
+    # which it has filled if the file is hot.
+    call, when = {
+        "hot": ("splice", "3+"),
+        "cold": ("splice", "2+"),
+        "no pipe": ("sendfile", "1+"),
+    }[temperature]
+    faults = failing(call, error, when)
     said = traced(way, path, temperature, *faults)
     assert said.failed == getattr(errno, error)
     assert said.fallbacks == {}
@@ -208,7 +218,7 @@ def test_a_server_reads_what_the_kernel_does_not_send(
     tmp_path: Path, kind: str, temperature: str, when: str, headers: list[str]
 ) -> None:
     path = file_of(tmp_path / "file.bin", SIZE)
-    faults = failing(TEMPERATURES[temperature][1], "ENODATA", when, path)
+    faults = failing(TEMPERATURES[temperature][0], "ENODATA", when, path)
     with serving(kind, tmp_path, temperature, faults) as server:
         answer = server.ask(request("/flask/file.bin", *headers))
         seen = server.seen()

@@ -493,7 +493,7 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     made = Clock()
-    monkeypatch.setattr(sys.modules["gsplice.relay"], "monotonic", made)
+    monkeypatch.setattr(sys.modules["gsplice._relay.relay"], "monotonic", made)
     return made
 
 

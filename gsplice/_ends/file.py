@@ -20,10 +20,11 @@ class File:
     #: Whether bytes that were read, and not delivered, can be read again.
     rereadable: ClassVar[bool] = True
 
-    def __init__(self, obj: Any, raw: Any, status: os.stat_result, offset: int) -> None:
+    def __init__(self, obj: Any, raw: Any, status: os.stat_result) -> None:
         self.obj = obj
         self.raw = raw
-        self.offset = offset
+        #: Where it is read next; -1: where the object stands, which asking what is left finds out.
+        self.offset = -1
         #: Whether it is written, not read: closed files have words for each.
         self.is_sink = False
         #: What fstat(2) said when the file was handed in.
@@ -40,6 +41,8 @@ class File:
 
         Asked again, it may have the hub wait for a server. The end is where a read says it is.
         """
+        if self.offset < 0:
+            self.offset = self.obj.tell()
         return self.status.st_size - self.offset
 
     def is_small(self, limit: int | None = None) -> bool:

@@ -265,9 +265,10 @@ def _endpoint(buffer: Any, raw: Any, reason: str) -> End:
         raise NotOurs("closed") from None  # behind the object's back
     if stat.S_ISREG(status.st_mode):
         try:
-            return File(buffer, raw, status, buffer.tell())
+            os.lseek(raw.fileno(), 0, os.SEEK_CUR)
         except OSError:  # one of the kernel's own that is read like a pipe
             raise NotOurs(reason) from None
+        return File(buffer, raw, status)
     if not stat.S_ISFIFO(status.st_mode):
         raise NotOurs(reason)
     hub = hub_to_serve()

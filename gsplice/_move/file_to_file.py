@@ -96,6 +96,8 @@ def _splice_range(
                 if not pending:
                     break
             drained = os.splice(pipe.read_fd, dst_fd, pending, offset_dst=position + copied)
+            if not drained:
+                break
             pending -= drained
             copied += drained
     except OSError:

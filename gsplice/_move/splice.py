@@ -24,7 +24,7 @@ from .._ends.file import File
 from .._ends.page_cache import refuse_uncached
 from .._ends.pipe import CallersPipe
 from .._os.linux import SPLICE_FLAGS
-from .._os.results import NOT_NOW, answer, error
+from .._os.results import NOT_NOW, TOOK_NOTHING, answer, error
 from .._pool.lending import acquire, release
 from .._pool.pipe import UNKNOWN, Pipe
 from ..config import KiB, MiB
@@ -190,12 +190,13 @@ def drain(transfer: Transfer, pipe: Pipe) -> int:
     """
     dst = transfer.dst
     if isinstance(dst, File) and dst.write_waits(pipe.pending):
-        return drain_to_disk(transfer, pipe)
+        return drain_to_disk(transfer, pipe) or TOOK_NOTHING
     drained: int = answer(os.splice, pipe.read_fd, dst.fileno(), pipe.pending, flags=SPLICE_FLAGS)
     if drained > 0:
         pipe.pending -= drained
         transfer.moved(drained, "bytes_spliced")
-    return drained
+    # Asked again, what takes 0 bytes of a pipe that holds some could say so for ever.
+    return drained or TOOK_NOTHING
 
 
 def drain_all(transfer: Transfer, pipe: Pipe) -> bool:

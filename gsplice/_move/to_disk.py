@@ -133,6 +133,8 @@ def _drain_and_fill(dst_fd: int, position: int, pending: int, pipe: Pipe, tap: _
             if not written:
                 raise
             break
+        if not drained:
+            break
         written += drained
         pending = pending - drained or tap.fill(pipe)
     return written

@@ -14,6 +14,9 @@ from typing import Any, Final
 #: The source has nothing now, or the destination takes nothing.
 NOT_NOW: Final = -errno.EAGAIN
 
+#: splice(2) took nothing of what there was, and gave no reason.
+TOOK_NOTHING: Final = -errno.EINVAL
+
 #: What the kernel or a sandbox answers when it will not move bytes from a socket in this way.
 _REFUSALS: Final = frozenset(
     {

@@ -25,6 +25,9 @@ CAPACITY_STEPS: Final = ((16, 1 * MiB), (64, 256 * KiB))
 #: user's room is used up) and is not used: two system calls for 8 KiB cost more than read and send.
 DEFAULT_CAPACITY: Final = 64 * KiB
 
+#: The number of the device /dev/null, null(4).
+_NULL_DEVICE: Final = os.makedev(1, 3)
+
 #: Values of :attr:`Pipe.pending` that are no number of bytes.
 UNKNOWN: Final = -1
 IDLE: Final = -2
@@ -114,9 +117,11 @@ class Pipe:
         On exit the pipe is empty; or it is not, as there is no /dev/null to be had, and the pool
         will close it.
         """
+        dropped = 1
         with contextlib.suppress(OSError):
-            while self.pending > 0:
-                self.pending -= os.splice(self.read_fd, _null(), self.pending, flags=SPLICE_FLAGS)
+            while self.pending > 0 and dropped:
+                dropped = os.splice(self.read_fd, _null(), self.pending, flags=SPLICE_FLAGS)
+                self.pending -= dropped
 
     def lend(self) -> None:
         """Leave it to a thread that is still at work on it, which will close it."""
@@ -152,15 +157,25 @@ class Pipe:
         )
 
 
+#: Descriptors of /dev/null, kept for the life of the process: one, or more if threads raced.
+_nulls: Final[list[int]] = []
+
+
 def _null() -> int:
-    """Return a descriptor of /dev/null, opened once in the process. Lets out the error of that."""
-    global _null_fd
-    if _null_fd < 0:
-        _null_fd = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
-    return _null_fd
+    """Return a descriptor of /dev/null. Lets out the error of opening that.
 
-
-_null_fd = -1
+    Each time it is made sure that the number is still that of /dev/null: a program may close what
+    it does not know, as daemons do, and bytes would go to whoever has the number then.
+    """
+    for fd in [*_nulls]:
+        with contextlib.suppress(OSError):
+            if os.fstat(fd).st_rdev == _NULL_DEVICE:
+                return fd
+        with contextlib.suppress(ValueError):  # another thread has just done it
+            _nulls.remove(fd)
+    fd = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
+    _nulls.append(fd)
+    return fd
 
 
 def reserve(key: int, limit: int) -> bool:

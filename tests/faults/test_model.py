@@ -25,6 +25,7 @@ from test_pipes import assert_balanced, empty_the_pool, in_thread, inode, lend, 
 import gsplice
 from gsplice import pipes
 from gsplice._pool import idle as idle_module
+from gsplice._pool import lending
 from gsplice._pool.idle import LOW_WATER
 from gsplice.config import settings
 from gsplice.pipes import UNKNOWN, Pipe, acquire, release
@@ -48,7 +49,7 @@ class PoolAgainstModel(RuleBasedStateMachine):
         self.undo.setattr(settings, "max_pipes", MOST)
         self.undo.setattr(settings, "max_idle", SHARED_ROOM)
         self.undo.setattr(settings, "max_idle_hub", HUB_ROOM)
-        self.undo.setattr(pipes._keeper().home, "room", HUB_ROOM)
+        self.undo.setattr(lending._keeper().home, "room", HUB_ROOM)
         self.before = gsplice.stats()
         self.lent: dict[int, Pipe] = {}
         self.local: list[int] = []
