@@ -15,7 +15,8 @@ Beside other metrics, with ``pip install 'gsplice[prometheus]'``::
 ``gsplice_transfers_total``
     Transfers that moved at least one byte.
 ``gsplice_transferred_bytes_total`` by ``way``: splice, sendfile, copy_file_range, memory
-    Bytes delivered inside the kernel, or through Python's memory as part of such a transfer.
+    Bytes delivered inside the kernel (by sendfile: of files for which the pool had no pipe), or
+    through Python's memory as part of such a transfer.
 ``gsplice_fallbacks_total`` by ``reason``
     Calls handed to the original function, or finished by it. The reasons are in docs/taken.md.
 ``gsplice_offloads_total``
@@ -27,7 +28,7 @@ Beside other metrics, with ``pip install 'gsplice[prometheus]'``::
 ``gsplice_pipes``, a gauge, by ``state``: in_use, idle
     Pipes open now.
 
-They are those of this process: of several workers, each has its own, and a scrape reaches one.
+Each process counts for itself: with several workers, a scrape reaches one of them.
 """
 
 from __future__ import annotations

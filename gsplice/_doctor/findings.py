@@ -98,15 +98,15 @@ def _kernel() -> Iterator[Finding]:
         yield _tried(
             "sendfile",
             lambda: trials.send_file(fd),
-            "sends a file to a socket",
-            f"{allow.format('sendfile')} Until then files are read and sent.",
+            "sends a file to a socket; gsplice does so where the pool has no pipe",
+            f"{allow.format('sendfile')} Until then files without a pipe are read and sent.",
             attention=True,
         )
         yield _tried(
             "copy_file_range",
             lambda: trials.copy_file(fd, other),
             "copies a file inside the kernel",
-            f"{allow.format('copy_file_range')} Until then sendfile(2) copies.",
+            f"{allow.format('copy_file_range')} Until then splice(2) copies.",
             attention=True,
         )
         yield _tried(
@@ -147,7 +147,7 @@ def _path(path: str) -> Iterator[Finding]:
                     f"{path} ({kind}): copy_file_range",
                     lambda: trials.copy_file(fd, other),
                     "copies files inside the kernel",
-                    "Nothing is lost: sendfile(2), or reading and writing, copies instead.",
+                    "Nothing is lost: splice(2), or reading and writing, copies instead.",
                 )
     except OSError as err:
         yield Finding(
@@ -192,7 +192,7 @@ def _file(subject: str, fd: int) -> Iterator[Finding]:
     yield _tried(
         f"{subject}: splice",
         lambda: trials.move_file(fd),
-        "files go to pipes by splice and to sockets by sendfile",
+        "files go to pipes by splice, and to sockets by sendfile where the pool has no pipe",
         "Files from here are read and sent. Serve them from another filesystem to have them moved "
         "by the kernel.",
         attention=True,
@@ -258,7 +258,7 @@ def _pipes() -> Iterator[Finding]:
 
 
 def _pipe_room(soft: int, hard: int, exempt: bool) -> Finding:
-    """Say how many transfers can have a pipe, by the policy in :mod:`gsplice.config`."""
+    """Say how many transfers can have a pipe, by the policy in :mod:`gsplice._pool.pipe`."""
     page = os.sysconf("SC_PAGE_SIZE")
     limits = [pages * page for pages in (soft, hard) if pages and not exempt]
     room = min(limits, default=None)
@@ -284,8 +284,8 @@ def _pipe_room(soft: int, hard: int, exempt: bool) -> Finding:
         each = "GSPLICE_MAX_PIPES=0" if not settings.max_pipes else "none fits"
     found = (
         f"{number} transfers at a time can have a pipe ({each}: together {_bytes(used)}, {limit}; "
-        f"pipe-user-pages-soft {soft}, -hard {hard}); a file in the page cache needs none to get "
-        "to a socket"
+        f"pipe-user-pages-soft {soft}, -hard {hard}); a file needs one only for as long as bytes "
+        "are in it, not while it waits for a slow reader"
     )
     if number == settings.max_pipes:
         return Finding("pipe room", found)
@@ -293,7 +293,8 @@ def _pipe_room(soft: int, hard: int, exempt: bool) -> Finding:
         "pipe room",
         f"{found}; GSPLICE_MAX_PIPES={settings.max_pipes} would need {_bytes(whole)}",
         f"sysctl fs.pipe-user-pages-soft={-(-whole // page)} (and -hard, if it is set), or "
-        f"GSPLICE_MAX_PIPES={number}. Transfers without a pipe are read and sent.",
+        f"GSPLICE_MAX_PIPES={number}. Without a pipe, files go by sendfile; the rest is read and "
+        "sent.",
         True,
     )
 

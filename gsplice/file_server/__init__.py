@@ -1,4 +1,4 @@
-"""An HTTP file server on gevent.pywsgi whose downloads go by sendfile: ``gsplice serve [DIR]``.
+"""An HTTP file server on gevent.pywsgi whose downloads are spliced: ``gsplice serve [DIR]``.
 
 The application is an ordinary WSGI one. All it does for the fast path is to hand an open file to
 ``environ["wsgi.file_wrapper"]``, which ``gsplice.patch_all()`` adds to pywsgi, and to return
