@@ -30,7 +30,7 @@ from _measure import (
     no_collections,
     timed,
 )
-from _report import in_words
+from _words import in_words
 from gevent.socket import socket as GeventSocket
 
 import gsplice
