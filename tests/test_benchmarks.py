@@ -19,11 +19,12 @@ def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
 
 
 def test_the_cheap_ones_run_and_write_their_files(tmp_path: Path) -> None:
-    done = run("--check", "--out", tmp_path, "pool", "file_to_socket")
+    names = ("pool", "file_to_socket", "slow_readers")
+    done = run("--check", "--out", tmp_path, *names)
     assert done.returncode == 0, done.stdout + done.stderr
     page = (tmp_path / "RESULTS.md").read_text()
     results = tmp_path / "results"
-    for name in ("pool", "file_to_socket"):
+    for name in names:
         figures = json.loads((results / f"{name}.json").read_text())
         assert figures["targets"]
         for title, table in figures["tables"].items():
