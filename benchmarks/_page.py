@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from _report import text
+from _words import text
 
 INTRODUCTION = """\
 # Results

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import gevent
+from _words import text
 
 T = TypeVar("T")
 
@@ -150,18 +151,3 @@ def machine() -> str:
             break
     kernel = ".".join(platform.release().split(".")[:2])
     return f"{platform.system()} {kernel}, {os.cpu_count()} CPUs, {model}"
-
-
-def text(cell: object) -> str:
-    if isinstance(cell, float):
-        return f"{cell:.3f}" if abs(cell) < 100 else f"{cell:,.0f}"
-    return str(cell)
-
-
-def in_words(size: float) -> str:
-    """Return a size in bytes as people write it."""
-    units = ["bytes", "KiB", "MiB", "GiB"]
-    while size >= 1024 and len(units) > 1:
-        size /= 1024
-        del units[0]
-    return f"{size:.4g} {units[0]}"

@@ -24,7 +24,7 @@ if __name__ == "__main__" and sys.argv[1:] != ["--serve"]:
 import socket
 
 from _measure import GiB, KiB, MiB, Report, Sample, alternate, timed
-from _report import in_words
+from _words import in_words
 
 import gsplice
 from gsplice._ends.small import SMALL_BODY

@@ -14,10 +14,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import _loops
 from _measure import (
     GiB,
     KiB,
@@ -27,13 +28,16 @@ from _measure import (
     alternate,
     drained,
     dropping_peer,
+    in_turns,
     no_collections,
+    pinned,
     timed,
 )
-from _report import in_words
+from _words import in_words
 from gevent.socket import socket as GeventSocket
 
 import gsplice
+from gsplice._ends.small import SMALL_FILE
 
 SMALL_SIZES = (1, 100, 1 * KiB, 2 * KiB, 4 * KiB, 8 * KiB, 16 * KiB, 64 * KiB)
 #: Up to this size several calls are one measurement, and together move so much at least.
@@ -42,8 +46,13 @@ PIPES = (64, 256, 1024)
 
 gevent_sendfile: Callable[..., int] = GeventSocket.sendfile  # nothing is patched here
 
+#: Of each of these sizes the least and the median of many rounds are compared with bare loops.
+BARE_SIZES = (16 * MiB, 128 * MiB, GiB)
+
 #: Moves the first so many bytes of the file, once.
 Way = Callable[[int], object]
+#: Moves the first so many bytes of it so often; returns what it took once.
+Side = Callable[[int, int], Sample]
 
 # <sys/socket.h>, <linux/errqueue.h>: not in Python's socket module everywhere.
 SO_ZEROCOPY, MSG_ZEROCOPY = 60, 0x4000000
@@ -55,31 +64,10 @@ def main() -> None:
     place = os.environ.get("TMPDIR", "/var/tmp")
     with contextlib.ExitStack() as stack:
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=place)))
-        sock = stack.enter_context(peer_on_another_core(report))
+        sock = stack.enter_context(dropping_peer(stack.enter_context(pinned(report))))
         small_files(report, sock, directory / "small")
         all_sizes(report, sock, directory)
     report.close()
-
-
-@contextlib.contextmanager
-def peer_on_another_core(report: Report) -> Iterator[Any]:
-    """Start the receiver on one core and stay on another.
-
-    Left to the scheduler, the same call took from 0.14 to 0.43 CPU seconds per GiB, by whether the
-    two shared a core.
-    """
-    all_cpus = os.sched_getaffinity(0)
-    ours, *others = sorted(all_cpus)
-    try:
-        if others:
-            os.sched_setaffinity(0, others[:1])
-        else:
-            report.leave_out("a core for the receiver alone", "there is one only")
-        with dropping_peer() as sock:
-            os.sched_setaffinity(0, [ours])
-            yield sock
-    finally:
-        os.sched_setaffinity(0, all_cpus)
 
 
 def all_sizes(report: Report, sock: Any, directory: Path) -> None:
@@ -95,19 +83,18 @@ def all_sizes(report: Report, sock: Any, directory: Path) -> None:
             left -= file.write(random.randbytes(min(left, MiB)))
         file.flush()
         os.fsync(file.fileno())  # or the disk would be written to meanwhile
-    before = gsplice.stats().bytes_sendfile
     with contextlib.ExitStack() as stack:
-        sides = {**gevent_ways(sock, path), **python_ways(stack, sock, path)}
+        loops = gevent_loops(stack, sock, path)
+        sides = {**gevent_ways(sock, path), **loops, **python_ways(stack, sock, path)}
         sides |= c_ways(stack, report, sock, directory, path)
         by_size = {size: one_size(report, size, sides) for size in sizes}
-    assert gsplice.stats().bytes_sendfile > before
+        for size in report.pick(BARE_SIZES, (16 * MiB, 64 * MiB), (128 * KiB,)):
+            beside_bare_loops(report, size, {name: sides[name] for name in (*OURS, *loops)})
     pictures(report, by_size)
     targets(report, sizes[-1], by_size[sizes[-1]])
 
 
-def one_size(
-    report: Report, size: int, sides: dict[str, Callable[[int, int], Sample]]
-) -> dict[str, Sample]:
+def one_size(report: Report, size: int, sides: dict[str, Side]) -> dict[str, Sample]:
     """Measure all ways with files of *size* bytes; return the medians, for one file."""
     rounds = report.pick(6 if size > AT_ONCE else 10, 3, 1)
     # Not more: gevent's ways open a file for each, and the limit is often 1,024.
@@ -136,12 +123,46 @@ def one_size(
     return medians
 
 
+def beside_bare_loops(report: Report, size: int, sides: dict[str, Side]) -> None:
+    """Print the least and the median of what files of *size* bytes cost.
+
+    Ours is held to the bare loop of sendfile(2) by the better of the two: other work on the machine
+    makes both worse, and seldom all rounds of one side only.
+    """
+    rounds = report.pick(25, 5, 1)
+    samples = in_turns(
+        {name: lambda side=side: side(size, 1) for name, side in sides.items()}, rounds
+    )
+    costs = {
+        name: [
+            least_or_median(s.cpu * GiB / size for s in each)
+            for least_or_median in (min, statistics.median)
+        ]
+        for name, each in samples.items()
+    }
+    ratios = {
+        name: [cost / base for cost, base in zip(each, costs[BARE_SENDFILE], strict=True)]
+        for name, each in costs.items()
+    }
+    report.table(
+        f"CPU seconds per GiB beside bare loops, files of {in_words(size)}, {rounds} rounds",
+        ["", "least", "median", "least/sendfile", "median/sendfile"],
+        [[name, *costs[name], *ratios[name]] for name in sides],
+    )
+    report.hold_to(
+        f"file of {in_words(size)} to a socket: CPU/a bare gevent loop of sendfile, "
+        "the better of least and median",
+        min(ratios["gevent, gsplice"]),
+        most=1.05,
+    )
+
+
 def fresh(path: Path) -> Any:
     """Open *path*: a file sent a second time may have its bytes in its buffer still."""
     return path.open("rb")
 
 
-def gevent_ways(sock: Any, path: Path) -> dict[str, Callable[[int, int], Sample]]:
+def gevent_ways(sock: Any, path: Path) -> dict[str, Side]:
     def side(sendfile: Callable[..., int], size: int, times: int) -> Sample:
         with contextlib.ExitStack() as opened:
             files = [opened.enter_context(fresh(path)) for _ in range(times)]
@@ -154,10 +175,65 @@ def gevent_ways(sock: Any, path: Path) -> dict[str, Callable[[int, int], Sample]
             drained(sock)
         return Sample(*(each / times for each in sample))
 
+    def ours(size: int, times: int) -> Sample:
+        before = gsplice.stats().bytes_spliced
+        sample = side(gsplice.sendfile, size, times)
+        if size > SMALL_FILE:
+            spliced = gsplice.stats().bytes_spliced - before
+            assert spliced >= 0.95 * size * times, f"{spliced} of {times} times {size} spliced"
+        return sample
+
     return {
         "gevent, unpatched": lambda size, times: side(gevent_sendfile, size, times),
-        "gevent, gsplice": lambda size, times: side(gsplice.sendfile, size, times),
+        "gevent, gsplice": ours,
     }
+
+
+BARE_SENDFILE = "gevent, bare loop of sendfile"
+
+
+def gevent_loops(stack: contextlib.ExitStack, sock: Any, path: Path) -> dict[str, Side]:
+    """What gsplice can come near to: the system calls and gevent's waits, and nothing around."""
+    fd = stack.enter_context(path.open("rb", buffering=0)).fileno()
+    null = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
+    stack.callback(os.close, null)
+    held, emptied = (open_pipe(stack, _loops.CAPACITY, os.O_NONBLOCK) for _ in range(2))
+
+    return repeated(
+        sock,
+        {
+            BARE_SENDFILE: lambda size: _loops.by_sendfile(sock, fd, size),
+            "gevent, bare splice, pipe held in waits": (
+                lambda size: _loops.by_held_pipe(sock, fd, held, size)
+            ),
+            "gevent, bare splice, pipe emptied before waits": (
+                lambda size: _loops.by_emptied_pipe(sock, fd, emptied, null, size)
+            ),
+        },
+    )
+
+
+def repeated(sock: Any, ways: dict[str, Way]) -> dict[str, Side]:
+    """Return the sides for *ways* to send to *sock*."""
+
+    def side(way: Way, size: int, times: int) -> Sample:
+        def work() -> None:
+            for _ in range(times):
+                way(size)
+
+        sample = timed(work)
+        drained(sock)
+        return Sample(*(each / times for each in sample))
+
+    return {name: lambda *args, way=way: side(way, *args) for name, way in ways.items()}
+
+
+def open_pipe(stack: contextlib.ExitStack, capacity: int, flags: int = 0) -> tuple[int, int]:
+    pipe = os.pipe2(os.O_CLOEXEC | flags)
+    for end in pipe:
+        stack.callback(os.close, end)
+    fcntl.fcntl(pipe[1], fcntl.F_SETPIPE_SZ, capacity)
+    return pipe
 
 
 def blocking_socket(sock: Any) -> socket.socket:
@@ -165,9 +241,7 @@ def blocking_socket(sock: Any) -> socket.socket:
     return socket.create_connection(sock.getpeername())
 
 
-def python_ways(
-    stack: contextlib.ExitStack, sock: Any, path: Path
-) -> dict[str, Callable[[int, int], Sample]]:
+def python_ways(stack: contextlib.ExitStack, sock: Any, path: Path) -> dict[str, Side]:
     """What plain Python can do, with blocking sockets and nothing around."""
     plain = stack.enter_context(blocking_socket(sock))
     file = stack.enter_context(path.open("rb", buffering=0))
@@ -197,15 +271,6 @@ def python_ways(
             while held:
                 held -= os.splice(read_fd, to, held)
 
-    def side(way: Way, size: int, times: int) -> Sample:
-        def work() -> None:
-            for _ in range(times):
-                way(size)
-
-        sample = timed(work)
-        drained(plain)
-        return Sample(*(each / times for each in sample))
-
     ways: dict[str, Way] = {
         "Python, read and send 8 KiB": lambda size: read_and_send(8 * KiB, size),
         "Python, read and send 64 KiB": lambda size: read_and_send(64 * KiB, size),
@@ -213,15 +278,12 @@ def python_ways(
         "Python, sendfile": sendfile,
     }
     for capacity in PIPES:
-        pipe = os.pipe2(os.O_CLOEXEC)
-        for end in pipe:
-            stack.callback(os.close, end)
-        fcntl.fcntl(pipe[1], fcntl.F_SETPIPE_SZ, capacity * KiB)
+        pipe = open_pipe(stack, capacity * KiB)
         ways[f"Python, splice by {in_words(capacity * KiB)}"] = (
             lambda size, pipe=pipe, most=capacity * KiB: splice(pipe, most, size)
         )
     ways["Python, MSG_ZEROCOPY"] = zero_copy(plain, fd)
-    return {name: lambda *args, way=way: side(way, *args) for name, way in ways.items()}
+    return repeated(plain, ways)
 
 
 def zero_copy(plain: socket.socket, fd: int) -> Way:
@@ -259,7 +321,7 @@ def zero_copy(plain: socket.socket, fd: int) -> Way:
 
 def c_ways(
     stack: contextlib.ExitStack, report: Report, sock: Any, directory: Path, path: Path
-) -> dict[str, Callable[[int, int], Sample]]:
+) -> dict[str, Side]:
     """The same in C."""
     if shutil.which("cc") is None:
         report.leave_out("the limits in C", "there is no cc")

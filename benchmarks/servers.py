@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from _measure import GiB, KiB, MiB, Report, in_turns, medians
-from _report import in_words
 from _servers import HERE, Kind, Server, installed, running
+from _words import in_words
 
 #: Above this size the client drops what it gets.
 WRK_UP_TO = 64 * KiB
@@ -68,7 +68,7 @@ def main() -> None:
         for kind in kinds:
             if kind.tells:
                 stats = servers[kind.name].stats()
-                assert stats["bytes_sendfile"], f"{kind.name} has not used sendfile: {stats}"
+                assert stats["bytes_spliced"], f"{kind.name} has not used splice: {stats}"
     report.close()
 
 

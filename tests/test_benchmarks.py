@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import graphlib
 import json
 import subprocess
 import sys
@@ -17,11 +19,12 @@ def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
 
 
 def test_the_cheap_ones_run_and_write_their_files(tmp_path: Path) -> None:
-    done = run("--check", "--out", tmp_path, "pool", "file_to_socket")
+    names = ("pool", "file_to_socket", "slow_readers")
+    done = run("--check", "--out", tmp_path, *names)
     assert done.returncode == 0, done.stdout + done.stderr
     page = (tmp_path / "RESULTS.md").read_text()
     results = tmp_path / "results"
-    for name in ("pool", "file_to_socket"):
+    for name in names:
         figures = json.loads((results / f"{name}.json").read_text())
         assert figures["targets"]
         for title, table in figures["tables"].items():
@@ -30,6 +33,18 @@ def test_the_cheap_ones_run_and_write_their_files(tmp_path: Path) -> None:
         for picture in figures["pictures"]:
             assert f"(results/{picture}.svg)" in page
             assert len([*ElementTree.parse(results / f"{picture}.svg").iter()]) > 20
+
+
+def test_no_module_imports_one_that_imports_it() -> None:
+    paths = {path.stem: path for path in (ROOT / "benchmarks").glob("*.py")}
+    imported: dict[str, set[str]] = {}
+    for name, path in paths.items():
+        nodes = [*ast.walk(ast.parse(path.read_text()))]
+        names = {str(node.module) for node in nodes if isinstance(node, ast.ImportFrom)}
+        names |= {a.name for node in nodes if isinstance(node, ast.Import) for a in node.names}
+        imported[name] = names & paths.keys()
+    order = [*graphlib.TopologicalSorter(imported).static_order()]  # raises at a circle
+    assert order.index("_words") < order.index("_plot") < order.index("_report")
 
 
 def test_a_benchmark_that_does_not_exist_is_an_error(tmp_path: Path) -> None:
