@@ -417,7 +417,9 @@ def pipes(report: Report, path: Path) -> None:
             side: lambda copy=copy, opened=opened: to_pipe(copy, opened, path)
             for side, copy in copies.items()
         }
+        before = gsplice.stats().bytes_copied
         samples = in_turns(sides, rounds)
+        assert gsplice.stats().bytes_copied == before + (1 + rounds) * size
         least = {side: min(sample.cpu for sample in samples[side]) for side in sides}
         median = {side: statistics.median(s.cpu for s in samples[side]) for side in sides}
         ratio = median["gsplice"] / median["gevent"]
