@@ -199,6 +199,20 @@ def test_a_pipe_closed_by_another_greenlet(pipe: BlockingPipe) -> None:
     assert pipe.src.tell() == delivered
 
 
+def test_a_source_closed_by_another_greenlet() -> None:
+    read_fd, write_fd = os.pipe()
+    ours, theirs = gevent.socket.socketpair()
+    with open(read_fd, "rb") as src, open(write_fd, "wb", 0) as feeder, ours, theirs:
+        copying = gevent.spawn(gsplice.copy, src, ours)
+        gevent.sleep(0)  # it runs until it waits
+        src.close()
+        feeder.write(b"more")
+        with pytest.raises(ValueError, match="closed"):
+            copying.get(timeout=GUARD)
+        with pytest.raises(BrokenPipeError):
+            feeder.write(b"nobody reads this")
+
+
 def test_a_copy_under_way_is_the_parents(tmp_path: Path) -> None:
     program = """
 import errno, os, sys, gevent, gevent.os, gevent.socket, gsplice
