@@ -1,4 +1,4 @@
-"""Settings, and the policy of the pool with its reasons: the one place for both.
+"""What a user can set. Other numbers stand, with their reasons, in the module that they tune.
 
 A setting is read once, when gsplice is imported, from the environment variable named after it, and
 can be set in code before the first transfer::
@@ -13,7 +13,8 @@ doctor``. Whoever has Python raise its warnings (``-W error``) gets this one rai
 ``pipe_size`` (``GSPLICE_PIPE_SIZE``, 1048576)
     Capacity asked for a new pipe, in bytes; never more than 1 MiB, and less as more are open.
 ``max_pipes`` (``GSPLICE_MAX_PIPES``, 256)
-    Most pipes open in the process; with 0, only transfers that need no pipe are taken.
+    Most pipes open in the process; with 0, what needs a pipe goes another
+    way: files by sendfile(2), streams through memory.
 ``max_idle_hub`` (``GSPLICE_MAX_IDLE_HUB``, 16)
     Most idle pipes that one hub keeps for itself.
 ``max_idle`` (``GSPLICE_MAX_IDLE``, 64)

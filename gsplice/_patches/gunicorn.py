@@ -1,4 +1,4 @@
-"""Responses of ``gunicorn -k gevent`` that are a part of a plain file, and go out by sendfile(2).
+"""Responses of ``gunicorn -k gevent`` that are a part of a plain file, sent by the kernel.
 
 What gunicorn's own wrapper makes of a whole file goes that way anyhow. Anything else, as a
 framework's iterator over a range, it would write piece by piece.

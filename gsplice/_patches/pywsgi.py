@@ -1,4 +1,4 @@
-"""``wsgi.file_wrapper`` for ``gevent.pywsgi``, and responses that go out by sendfile(2).
+"""``wsgi.file_wrapper`` for ``gevent.pywsgi``, and responses that are files, sent by the kernel.
 
 gevent.pywsgi is not imported from here: it imports ssl, which must wait until
 ``gevent.monkey.patch_all()`` has run.

@@ -31,7 +31,7 @@ RECLAIM_PERIOD: Final = 10.0
 
 get_ident: Callable[[], int] = get_original("_thread", "get_ident")
 
-#: The list that all hubs share. pipes.py guards its room with a lock.
+#: The list that all hubs share. lending.py guards its room with a lock.
 shared: Final[list[Pipe]] = []
 
 #: Every thread's home, for as long as the thread lives.
