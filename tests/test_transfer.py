@@ -327,13 +327,20 @@ OFFSETS = [2**31 - 100, 2**32 - 100, 2**32 + 2**31]
 
 @pytest.fixture
 def huge(tmp_path: Path) -> Path:
-    """A file beyond 4 GiB, empty but for some bytes at each of OFFSETS."""
+    """A file beyond 4 GiB, empty but for some bytes at each of OFFSETS.
+
+    And for one that is looked at to learn whether these were only read ahead: Linux 6.1 calls a
+    hole not resident, with RWF_NOWAIT, until somebody has read it.
+    """
     path = tmp_path / "huge"
     with path.open("wb") as file:
         file.truncate(OFFSETS[-1] + MiB)
         for seed, offset in enumerate(OFFSETS):
             file.seek(offset)
             file.write(some_bytes(200 * KiB, seed))
+            if offset != OFFSETS[-1]:
+                file.seek(gsplice.config.READ_AHEAD, os.SEEK_CUR)
+                file.write(b"x")
     return path
 
 
