@@ -25,6 +25,9 @@ import gsplice
 from gsplice._ends import page_cache
 from gsplice._os.linux import filesystem_type
 
+#: Fixtures of several rooms.
+pytest_plugins = ["example_file_server", "pool", "processes", "sameness", "wsgi"]
+
 #: The name of a socket pair, and the same through a real connection.
 Pair = tuple[gevent.socket.socket, gevent.socket.socket]
 
@@ -70,7 +73,7 @@ def no_pipe_lost() -> Iterator[None]:
 
 @pytest.fixture(autouse=True, scope="session")
 def hubs_of_threads() -> Iterator[list[object]]:
-    """What has made a hub on a thread of a pool: see tests/test_threads.py."""
+    """What has made a hub on a thread of a pool: see tests/threads/test_jobs_on_threads.py."""
     plain_init = gevent.hub.Hub.__init__
     made: list[object] = []
 

@@ -30,6 +30,7 @@ import pytest
 from conftest import digest, some_bytes
 from ends import GUARD
 from gevent.monkey import get_original
+from paths import PYTHONPATH
 from transfers import BY_NAME, TRANSFERS, Kind
 
 HERE = Path(__file__).parent
@@ -188,7 +189,7 @@ class Traced(contextlib.ExitStack):
         self.log = directory / "strace.log"
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.control = self.enter_context(ours)
-        environ = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, PYTHONPATH))}
+        environ = {**os.environ, "PYTHONPATH": PYTHONPATH}
         command = [sys.executable, str(HERE / "traced.py"), str(theirs.fileno())]
         if fault is not None and fault.call.startswith("epoll_ctl"):
             environ["GEVENT_LOOP"] = "libev-cext"  # libuv ends the process at an error of its own
@@ -244,7 +245,6 @@ class Traced(contextlib.ExitStack):
 
 
 STRACE = ["strace", "-f", "-qq", "--seccomp-bpf"]
-PYTHONPATH = [HERE, HERE.parent, HERE.parents[1]]
 
 
 @functools.cache

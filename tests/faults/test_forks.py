@@ -20,7 +20,8 @@ import pytest
 from conftest import digest, ended_with, file_of, receive_all, some_bytes
 from ends import GUARD, MiB
 from gevent.monkey import get_original
-from test_servers import request, serving
+from paths import PROJECT
+from processes import request, serving
 
 HERE = Path(__file__).parent
 SIZE = 1 * MiB
@@ -95,7 +96,7 @@ def forked(
     with ended_with(
         [sys.executable, str(HERE / "forking.py"), *arguments],
         stderr=subprocess.PIPE,
-        env=os.environ | environ | {"PYTHONPATH": str(HERE.parents[1])},
+        env=os.environ | environ | {"PYTHONPATH": str(PROJECT)},
     ) as process:
         said, errors = process.communicate(timeout=100 + rounds)
     assert (process.returncode, errors) == (0, b""), errors.decode()[-5000:]

@@ -14,8 +14,9 @@ import gevent
 import pytest
 from conftest import digest, run_program, some_bytes
 from ends import GUARD, Ends, MiB, mounted, threads_done
-from test_kill import assert_clean
+from paths import PYTHONPATH
 from transfers import TRANSFERS, Kind, set_back
+from victims import assert_clean
 
 import gsplice
 from gsplice.config import settings
@@ -136,9 +137,7 @@ print(tried)
 
 
 def test_no_descriptor_left(tmp_path: Path, record_property: Record) -> None:
-    here = Path(__file__).parent
-    path = os.pathsep.join(map(str, [here, here.parent, here.parents[1]]))
-    record_property("cases", int(run_program(NO_DESCRIPTORS, tmp_path, PYTHONPATH=path)))
+    record_property("cases", int(run_program(NO_DESCRIPTORS, tmp_path, PYTHONPATH=PYTHONPATH)))
 
 
 @pytest.mark.parametrize("most", [0, 1, 2])

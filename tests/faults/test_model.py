@@ -20,12 +20,11 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
-from test_pipes import assert_balanced, empty_the_pool, in_thread, inode, lend, open_pipes
+from pool import assert_balanced, empty_the_pool, in_thread, inode, lend, open_pipes
 
 import gsplice
 from gsplice import pipes
-from gsplice._pool import idle as idle_module
-from gsplice._pool import lending
+from gsplice._pool import idle, lending
 from gsplice._pool.idle import LOW_WATER
 from gsplice.config import settings
 from gsplice.pipes import UNKNOWN, Pipe, acquire, release
@@ -185,8 +184,8 @@ class PoolAgainstModel(RuleBasedStateMachine):
     @rule()
     def time_passes(self) -> None:
         """The timer of the hub looks at the idle pipes."""
-        self.undo.setattr(idle_module, "_last_look", float("-inf"))
-        self.reclaim(idle_module._on_timer)
+        self.undo.setattr(idle, "_last_look", float("-inf"))
+        self.reclaim(idle._on_timer)
 
     @rule(how=st.sampled_from([pipes.reclaim, pipes.reclaim, gc.collect]))
     def reclaim(self, how: Callable[[], object]) -> None:

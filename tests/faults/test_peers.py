@@ -19,8 +19,8 @@ import gevent.socket
 import pytest
 from conftest import digest, file_of, open_descriptors, receive_all, receiver, some_bytes
 from ends import GUARD, SOCKETS, Ends, KiB, MiB, is_waited_for, threads_done, until
-from test_kill import assert_clean
 from transfers import TRANSFERS, Kind, set_back
+from victims import assert_clean
 
 import gsplice
 

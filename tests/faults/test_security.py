@@ -15,15 +15,13 @@ import gevent.socket
 import pytest
 from conftest import open_descriptors
 from ends import GUARD, threads_done, until
+from example_file_server import BIG, SECRET, TEXT, Server, serving
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from mixed import Mixed
-from test_file_server import BIG, SECRET, TEXT, Server, root, serving
 
 import gsplice
 from gsplice.config import settings as gsplice_settings
-
-__all__ = ["root"]  # a fixture
 
 Record = Callable[[str, object], None]
 

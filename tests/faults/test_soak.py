@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from conftest import ended_with
+from paths import PYTHONPATH
 
 HERE = Path(__file__).parent
 
@@ -38,12 +39,11 @@ def part(rows: list[dict[str, float]], name: str, first: float, last: float) -> 
 def test_nothing_grows(
     tmp_path: Path, minutes: float, record_property: Callable[[str, object], None]
 ) -> None:
-    path = os.pathsep.join(map(str, [HERE, HERE.parent, HERE.parents[1]]))
     command = [sys.executable, str(HERE / "soak.py"), str(minutes), str(tmp_path / "figures")]
     if PLOT and minutes == MINUTES:
         command.append(PLOT)
     with ended_with(
-        command, stderr=subprocess.PIPE, env=os.environ | {"PYTHONPATH": path}
+        command, stderr=subprocess.PIPE, env=os.environ | {"PYTHONPATH": PYTHONPATH}
     ) as process:
         errors = process.communicate()[1].decode()
     assert (process.returncode, errors) == (0, "")

@@ -15,8 +15,8 @@ import pytest
 from conftest import digest, open_descriptors, some_bytes
 from ends import GUARD, Ends, KiB, threads_done
 from switches import EXCEPTIONS, Stop, exception_at_switch, quickly
-from test_kill import assert_clean
 from transfers import BY_NAME, Kind, set_back
+from victims import assert_clean
 
 import gsplice
 from gsplice._move.account import PIECE

@@ -1,6 +1,6 @@
 """Ends closed and greenlets killed under way: nothing leaks, nothing gets mixed up.
 
-An exception at every switch is thrown in faults/test_switches.py.
+An exception at every switch is thrown in tests/faults/test_switches.py.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import pytest
 from conftest import digest, open_descriptors, receive_all, receiver, some_bytes
 from ends import GUARD, Ends, KiB, MiB, is_waited_for, until
 from gevent.monkey import get_original
+from victims import Victim, assert_clean
 
 import gsplice
 
@@ -26,41 +27,6 @@ def move(src: Any, dst: Any) -> int:
     if isinstance(dst, gevent.socket.socket) and getattr(src, "seekable", bool)():
         return dst.sendfile(src)
     return gsplice.copy(src, dst)
-
-
-def assert_clean(directory: Path) -> None:
-    """Pass if a transfer on new sockets gets its own bytes and no others."""
-    data = some_bytes(100 * KiB, seed=2)
-    with Ends(directory) as ends:
-        dst, finish = ends.sink("tcp")
-        gsplice.copy(ends.source("unix", data), dst)
-        assert digest(finish()) == digest(data)
-
-
-# ---- closed by another greenlet, and the number taken at once by something else
-
-
-class Victim:
-    """An open file that has got the descriptor of something just closed."""
-
-    def __init__(self, directory: Path, wanted: int) -> None:
-        self.path = directory / "victim"
-        self.path.write_bytes(b"untouched")
-        self.files = []
-        while True:
-            # a pipe would also do, but bytes that get into a file stay to be seen
-            self.files.append(os.open(self.path, os.O_RDWR))
-            if self.files[-1] >= wanted:
-                break
-        self.fd = self.files[-1]
-
-    def check(self) -> None:
-        try:
-            assert self.path.read_bytes() == b"untouched"
-            assert os.lseek(self.fd, 0, os.SEEK_CUR) == 0
-        finally:
-            for fd in self.files:
-                os.close(fd)
 
 
 @pytest.mark.parametrize("source", ["file", "bare_tcp", "tcp", "pipe"])

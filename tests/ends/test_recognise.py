@@ -29,6 +29,7 @@ from gevent._hub_local import get_hub_if_exists
 from gevent.fileobject import FileObjectPosix
 from gevent.monkey import get_original
 from kinds import FILE, PIPE, SINKS, SOCKET, SOURCES, Bench, ForeignRaw, PlainSubclass, as_class
+from paths import PROJECT
 
 from gsplice._ends import file, pipe, recognise
 from gsplice._ends import socket as socket_end
@@ -215,7 +216,7 @@ def test_recognising_imports_nothing():
         input=textwrap.dedent(script),
         capture_output=True,
         text=True,
-        cwd=Path(__file__).parent.parent,
+        cwd=PROJECT,
         check=False,
     )
     assert (done.stdout, done.stderr) == ("[]\nNone\n", "")

@@ -1,6 +1,6 @@
 """Run tests that are not ours with gsplice and without, and report what only gsplice makes fail.
 
-    python tests/outside.py [--list] [--timeout SECONDS] [--json FILE] [NAME ...]
+    python tests/support/outside.py [--list] [--timeout SECONDS] [--json FILE] [NAME ...]
 
 A NAME is one of the suites below, which are CPython's own tests (all of them if none is given), or
 any name that unittest can load, or one of the packages in packages.py, whose tests come with its

@@ -16,11 +16,11 @@ from conftest import counting, file_of, run_program
 from falcon.routing.static import _BoundedFile
 from gunicorn.http.wsgi import FileWrapper as Gunicorns
 from pyramid.response import FileIter
-from test_pywsgi import Server, request, split
 from webob.response import AppIterRange
 from werkzeug.wsgi import FileWrapper as Werkzeugs
 from werkzeug.wsgi import _RangeWrapper
 from whitenoise.responders import SlicedFile
+from wsgi import Server, request, split
 
 from gsplice._patches.pywsgi import FileWrapper
 from gsplice._patches.wsgi_results import find

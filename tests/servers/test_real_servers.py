@@ -4,99 +4,25 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
-import re
-import signal
 import socket
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import digest, ended_with, file_of, receive_all
+from conftest import file_of
+from paths import APPS
+from processes import (
+    MIDDLE,
+    SIZE,
+    WSGI,
+    comparable,
+    header,
+    request,
+    sendfile_grown,
+    serving,
+)
 from slowfs import SlowFS
-
-APPS = Path(__file__).with_name("apps")
-SIZE = 1_000_003
-
-WSGI = ["pywsgi", "gunicorn-gevent", "gunicorn-gevent_pywsgi"]
-
-
-def command(kind: str, fd: int) -> list[str]:
-    if not kind.startswith("gunicorn"):
-        return [sys.executable, str(APPS / "apps.py"), kind, str(fd)]
-    conf = str(APPS / "gunicorn.conf.py")
-    worker, *options = kind.removeprefix("gunicorn-").split()
-    where = ["-b", f"fd://{fd}", "--chdir", str(APPS), "apps:app"]
-    return [sys.executable, "-m", "gunicorn", "-c", conf, "-k", worker, *options, *where]
-
-
-class Server:
-    """A server in a process of its own, and what a client can ask it."""
-
-    def __init__(self, address: Any) -> None:
-        self.address = address
-
-    def connect(self) -> socket.socket:
-        return socket.create_connection(self.address, timeout=60)
-
-    def ask(self, asked: bytes) -> bytes:
-        """Send *asked* on one connection and return all that comes until it is closed."""
-        with self.connect() as sock:
-            sock.sendall(asked)
-            return receive_all(sock)
-
-    def seen(self) -> Any:
-        answer = self.ask(request("/stats"))
-        return json.loads(answer[answer.index(b"{") :])
-
-
-@contextlib.contextmanager
-def serving(kind: str, root: Path, patched: bool) -> Iterator[Server]:
-    environ = os.environ | {"APPS_ROOT": str(root), "APPS_GSPLICE": str(int(patched))}
-    environ["PYTHONHASHSEED"] = "0"  # werkzeug lists methods in the order of a set
-    with socket.create_server(("127.0.0.1", 0), backlog=64) as listener:
-        fd = listener.fileno()
-        options = {"env": environ, "pass_fds": [fd], "start_new_session": True}
-        with ended_with(command(kind, fd), **options) as process:
-            try:
-                yield Server(listener.getsockname())
-            finally:
-                os.killpg(process.pid, signal.SIGKILL)  # gunicorn's workers as well
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory: Any) -> Path:
-    directory: Path = tmp_path_factory.mktemp("served")
-    file_of(directory / "file.bin", SIZE)
-    return directory
-
-
-@pytest.fixture(scope="module")
-def servers(root: Path) -> Iterator[Callable[[str, bool], Server]]:
-    """Start a server when it is first asked for."""
-    started: dict[tuple[str, bool], Server] = {}
-    with contextlib.ExitStack() as stack:
-
-        def get(kind: str, patched: bool) -> Server:
-            if (kind, patched) not in started:
-                started[kind, patched] = stack.enter_context(serving(kind, root, patched))
-            return started[kind, patched]
-
-        yield get
-
-
-def request(
-    path: str, *headers: str, method: str = "GET", version: str = "1.1", close: bool = True
-) -> bytes:
-    lines = [f"{method} {path} HTTP/{version}", "Host: x", *headers]
-    if close and version == "1.1":
-        lines.append("Connection: close")
-    return "\r\n".join([*lines, "", ""]).encode()
-
-
-MIDDLE = "Range: bytes=200001-700000"
 
 #: What is sent on one connection for a path whose ETag and Last-Modified are known.
 EXCHANGES: dict[str, Callable[[str, str, str], list[bytes]]] = {
@@ -159,29 +85,10 @@ WHOLE_ONLY = {path for path, (_, part) in FAST.items() if not part} - {"/bottle/
 HEAD_WITH_BODY = {"/plain/", "/wsgiref/", "/django/file.bin", "/django/File"}
 
 
-def comparable(answer: bytes) -> tuple[list[str], str]:
-    """Return the heads in *answer*, and a short name for all of it, but for what never is equal."""
-    answer = re.sub(rb"\r\n(?:Date|Server): [^\r]*", b"", answer)
-    heads = re.findall(rb"HTTP/1\.[01] [0-9]{3} .*?\r\n\r\n", answer, re.DOTALL)
-    return [head.decode("latin-1") for head in heads], digest(answer)
-
-
-def header(name: str, answer: bytes) -> str:
-    found = re.search(rf"\r\n{name}: ([^\r]*)".encode(), answer.partition(b"\r\n\r\n")[0])
-    return found[1].decode() if found else ""
-
-
-def sendfile_grown(server: Server, asked: bytes) -> tuple[bytes, int]:
-    """Return the answer, and how many of its bytes went by sendfile."""
-    before = server.seen()["bytes_spliced"]
-    answer = server.ask(asked)
-    return answer, server.seen()["bytes_spliced"] - before
-
-
 @pytest.mark.parametrize("path", FAST)
 @pytest.mark.parametrize("kind", WSGI)
-def test_the_answers_are_the_same(servers: Any, root: Path, kind: str, path: str) -> None:
-    content = (root / "file.bin").read_bytes()
+def test_the_answers_are_the_same(servers: Any, served: Path, kind: str, path: str) -> None:
+    content = (served / "file.bin").read_bytes()
     ours, theirs = servers(kind, True), servers(kind, False)
     first = theirs.ask(request(path))
     etag, date = header("ETag", first), header("Last-Modified", first)
@@ -197,8 +104,8 @@ def test_the_answers_are_the_same(servers: Any, root: Path, kind: str, path: str
 
 @pytest.mark.parametrize("path", FAST)
 @pytest.mark.parametrize("kind", WSGI)
-def test_the_fast_way(servers: Any, root: Path, kind: str, path: str) -> None:
-    content = (root / "file.bin").read_bytes()
+def test_the_fast_way(servers: Any, served: Path, kind: str, path: str) -> None:
+    content = (served / "file.bin").read_bytes()
     server = servers(kind, True)
     whole, part = FAST[path]
     answer, sent = sendfile_grown(server, request(path))
@@ -235,9 +142,9 @@ def test_a_size_that_is_wrong(tmp_path: Path, kind: str, more: int) -> None:
 
 
 @pytest.mark.parametrize("kind", WSGI)
-def test_a_client_that_goes_away(servers: Any, root: Path, kind: str) -> None:
+def test_a_client_that_goes_away(servers: Any, served: Path, kind: str) -> None:
     """The file is closed, and others are answered."""
-    content = (root / "file.bin").read_bytes()
+    content = (served / "file.bin").read_bytes()
     server = servers(kind, True)
     for path in FAST:
         for headers in ([], [MIDDLE]):
@@ -251,17 +158,17 @@ def test_a_client_that_goes_away(servers: Any, root: Path, kind: str) -> None:
 
 
 @pytest.mark.parametrize("worker", ["gevent", "gevent_pywsgi"])
-def test_gunicorn_with_an_application_loaded_before_the_fork(root: Path, worker: str) -> None:
+def test_gunicorn_with_an_application_loaded_before_the_fork(served: Path, worker: str) -> None:
     """Which worker answers is left to chance, but it is the same one for all of a connection."""
-    content = (root / "file.bin").read_bytes()
-    with serving(f"gunicorn-{worker} --preload --workers 2", root, True) as server:
+    content = (served / "file.bin").read_bytes()
+    with serving(f"gunicorn-{worker} --preload --workers 2", served, True) as server:
         for _ in range(4):
             answer = server.ask(request("/plain/", close=False) + request("/stats"))
             assert content in answer
             assert json.loads(answer[answer.rindex(b'{"pipes') :])["bytes_spliced"] >= SIZE
 
 
-def test_hooks_of_gunicorn_see_the_application(root: Path, tmp_path: Path) -> None:
+def test_hooks_of_gunicorn_see_the_application(served: Path, tmp_path: Path) -> None:
     conf = tmp_path / "conf.py"
     conf.write_text(
         (APPS / "gunicorn.conf.py").read_text()
@@ -270,25 +177,25 @@ def post_request(worker, req, environ, resp):
     open({str(tmp_path / "seen")!r}, "a").write(worker.wsgi.__name__)
 """
     )
-    with serving(f"gunicorn-gevent -c {conf}", root, True) as server:
+    with serving(f"gunicorn-gevent -c {conf}", served, True) as server:
         assert sendfile_grown(server, request("/flask/send_file", MIDDLE))[1] == 500_000
     assert (tmp_path / "seen").read_text().startswith("app")
 
 
-def test_gunicorn_told_not_to_use_sendfile(root: Path) -> None:
-    content = (root / "file.bin").read_bytes()
-    with serving("gunicorn-gevent --no-sendfile", root, True) as server:
+def test_gunicorn_told_not_to_use_sendfile(served: Path) -> None:
+    content = (served / "file.bin").read_bytes()
+    with serving("gunicorn-gevent --no-sendfile", served, True) as server:
         answer, sent = sendfile_grown(server, request("/flask/send_file", MIDDLE))
         assert answer.partition(b"\r\n\r\n")[2] == content[200_001:700_001]
         assert sent == 0
 
 
-def test_gunicorn_logs_what_was_sent(root: Path, tmp_path: Path) -> None:
+def test_gunicorn_logs_what_was_sent(served: Path, tmp_path: Path) -> None:
     logs = []
     for patched in (True, False):
         log = tmp_path / str(patched)
         options = f"--access-logformat %(U)s:%(s)s:%(B)s --access-logfile {log}"
-        with serving(f"gunicorn-gevent {options}", root, patched) as server:
+        with serving(f"gunicorn-gevent {options}", served, patched) as server:
             for path in ("/flask/send_file", "/whitenoise/file.bin", "/pyramid/FileIter"):
                 server.ask(request(path, MIDDLE))
             server.ask(request("/stats"))
@@ -298,7 +205,7 @@ def test_gunicorn_logs_what_was_sent(root: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("exchange", ["whole", "If-Modified-Since", "HEAD", "HTTP/1.0"])
-def test_http_server(servers: Any, root: Path, exchange: str) -> None:
+def test_http_server(servers: Any, served: Path, exchange: str) -> None:
     ours, theirs = servers("http.server", True), servers("http.server", False)
     date = header("Last-Modified", theirs.ask(request("/file.bin")))
     asked = b"".join(EXCHANGES[exchange]("/file.bin", "", date))
@@ -317,12 +224,11 @@ def test_http_server_keeps_the_connection(servers: Any) -> None:
 
 
 @pytest.mark.parametrize("way", ["copyfileobj", "sendfile"])
-def test_socketserver(servers: Any, root: Path, way: str) -> None:
+def test_socketserver(servers: Any, served: Path, way: str) -> None:
+    content = (served / "file.bin").read_bytes()
     server = servers("socketserver", True)
     before = json.loads(server.ask(b"stats\n"))
-    assert server.ask(f"{way}\n".encode()) == (root / "file.bin").read_bytes()
+    assert server.ask(f"{way}\n".encode()) == content
     after = json.loads(server.ask(b"stats\n"))
     assert after["bytes_spliced"] - before["bytes_spliced"] == SIZE
-    assert (
-        servers("socketserver", False).ask(f"{way}\n".encode()) == (root / "file.bin").read_bytes()
-    )
+    assert servers("socketserver", False).ask(f"{way}\n".encode()) == content

@@ -189,9 +189,9 @@ import os, random, resource, sys
 import gsplice
 from gsplice import pipes
 from gsplice._doctor import findings as _findings, trials as _trials
-from gsplice._pool import idle as idle_module
+from gsplice._pool.idle import idle_lists
 [*_findings.examine(["/"])]  # which imports what the user may not be able to read
-for idle in idle_module.idle_lists():
+for idle in idle_lists():
     while idle:
         idle.pop().close()
 hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]

@@ -17,8 +17,8 @@ from conftest import counting, digest, file_of, receive_all, some_bytes
 from ends import Ends, MiB, connection
 from gevent.monkey import get_original
 from kinds import SINKS, SOURCES, Bench
-from test_servers import Server, request, serving
-from test_transparency import KiB, Outcome, Send, copy_of, kind_named
+from processes import Server, request, serving
+from sameness import KiB, Outcome, Send, copy_of, kind_named
 
 import gsplice
 from gsplice._patches import socket_sendfile as _socket

@@ -15,9 +15,7 @@ from typing import Any
 import pytest
 from conftest import digest, receive_all, some_bytes
 from ends import KiB, MiB
-from test_servers import WSGI, Server, comparable, request, root, servers
-
-__all__ = ["root", "servers"]
+from processes import WSGI, Server, comparable, request
 
 BODY = b"first line\nsecond\n" + some_bytes(3 * MiB)
 

@@ -8,7 +8,6 @@ import gc
 import json
 import os
 import socket
-import struct
 import subprocess
 import sys
 import threading
@@ -33,87 +32,20 @@ from conftest import (
     some_bytes,
 )
 from ends import GUARD, KiB, MiB, connection, is_waited_for, until
+from paths import PYTHONPATH
+from relayed import BIG, KINDS, Relayed, exchange, reset, send_and_end
 from switches import EXCEPTIONS, Stop, exception_at_switch, quickly
-from test_kill import Victim
+from victims import Victim
 
 import gsplice
 from gsplice._relay.direction import READ
 from gsplice.config import settings
-
-#: As in Go's TestSplice: the kinds of the two connections.
-KINDS = ["tcp-to-tcp", "unix-to-tcp", "tcp-to-unix", "unix-to-unix"]
-BIG = 5 * MiB + 7
-
-
-class Relayed(contextlib.ExitStack):
-    """A client and a server, with a relay between them: ``client - a : b - server``."""
-
-    def __init__(self, kinds: str = "tcp-to-tcp", buffers: int | None = None, **options: Any):
-        super().__init__()
-        kind_a, kind_b = kinds.split("-to-")
-        self.client, self.a = connection(kind_a, buffers)
-        self.b, self.server = connection(kind_b, buffers)
-        for sock in (self.client, self.a, self.b, self.server):
-            self.callback(sock.close)
-        self.options = options
-
-    def start(self) -> gevent.Greenlet:
-        self.relay = gevent.spawn(gsplice.relay, self.a, self.b, **self.options)
-        self.callback(self.relay.kill)
-        return self.relay
-
-    def waiting(self) -> Relayed:
-        """Wait until both directions wait for their sources."""
-        until(lambda: is_waited_for(self.a, "read") and is_waited_for(self.b, "read"))
-        return self
-
-    def __enter__(self) -> Relayed:
-        self.start()
-        return self
-
-    def result(self) -> Any:
-        return self.relay.get(timeout=GUARD)
-
-    def error(self) -> BaseException:
-        """Wait for the relay to fail; check that nothing is at work any more."""
-        self.relay.join(GUARD)
-        assert self.relay.dead
-        assert self.relay.exception is not None
-        for sock in (self.a, self.b):
-            for event in (sock._read_event, sock._write_event):
-                assert event is None or event.callback is None
-        assert gsplice.stats().pipes_in_use == 0
-        return self.relay.exception
 
 
 @pytest.fixture(autouse=True)
 def quiet(monkeypatch: pytest.MonkeyPatch) -> None:
     """Relays that fail in their greenlets need not fill the log."""
     monkeypatch.setattr(gevent.get_hub(), "print_exception", lambda *args: None)
-
-
-def reset(sock: Any) -> None:
-    """Close a TCP socket with RST."""
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-    sock.close()
-
-
-def send_and_end(sock: Any, data: bytes) -> None:
-    """Send all of *data*, then end."""
-    sock.sendall(data)
-    sock.shutdown(socket.SHUT_WR)
-
-
-def exchange(relayed: Relayed, forth: bytes, back: bytes) -> None:
-    """Send both ways at once, end both, and pass if all has arrived."""
-    arrived = [receiver(relayed.server), receiver(relayed.client)]
-    senders = [
-        gevent.spawn(send_and_end, relayed.client, forth),
-        gevent.spawn(send_and_end, relayed.server, back),
-    ]
-    gevent.joinall(senders, timeout=GUARD, raise_error=True)
-    assert [digest(each.get(timeout=GUARD)) for each in arrived] == [digest(forth), digest(back)]
-    assert relayed.result() == (len(forth), len(back))
 
 
 # ---- the set of Go's TestSplice (src/net/splice_test.go)
@@ -275,7 +207,7 @@ PROGRAM = """
 import json, socket, sys
 import gevent, gsplice
 from conftest import open_descriptors, receiver, some_bytes
-from test_relay import Relayed, send_and_end
+from relayed import Relayed, send_and_end
 
 forth, back = some_bytes(3 << 20), some_bytes(2_000_000, seed=1)
 gevent.sleep(0)
@@ -310,7 +242,6 @@ print(json.dumps({"result": result, **figures}))
 def test_eagain_at_every_step(tmp_path: Path, calls: str, error: str, when: str) -> None:
     """Also EINTR, and a kernel that refuses to splice."""
     log = tmp_path / "strace.log"
-    tests = Path(__file__).parent
     inject = [f"--inject={call}:error={error}:when={when}" for call in calls.split(",")]
     done = subprocess.run(
         ["strace", "-f", "-qq", "-o", log, "-e", f"trace={calls}", *inject]
@@ -318,7 +249,7 @@ def test_eagain_at_every_step(tmp_path: Path, calls: str, error: str, when: str)
         capture_output=True,
         text=True,
         timeout=GUARD * 3,
-        env=os.environ | {"PYTHONPATH": f"{tests}:{tests.parent}"},
+        env=os.environ | {"PYTHONPATH": PYTHONPATH},
     )
     assert done.returncode == 0, done.stderr
     said = json.loads(done.stdout)

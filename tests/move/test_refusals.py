@@ -21,11 +21,11 @@ from typing import Any
 import pytest
 from conftest import digest, ended_with, file_of, some_bytes
 from ends import GUARD, MiB
-from test_servers import Server, command, request
-from test_traps import SIZE as TRANSFERRED
-from test_traps import traced as transferred
+from paths import PYTHONPATH
+from processes import Server, command, request
+from strace import SIZE as TRANSFERRED
+from strace import traced as transferred
 
-TESTS = Path(__file__).parent
 STRACE = ["strace", "-f", "-qq", "--seccomp-bpf"]
 SIZE = 5 * MiB + 3
 
@@ -87,8 +87,7 @@ READS = "pread64,preadv2,read"
 
 
 def environment(temperature: str) -> dict[str, str]:
-    paths = os.pathsep.join(map(str, [TESTS, TESTS.parent]))
-    return os.environ | {"PYTHONPATH": paths, **TEMPERATURES[temperature][1]}
+    return os.environ | {"PYTHONPATH": PYTHONPATH, **TEMPERATURES[temperature][1]}
 
 
 def traced(way: str, path: Path, temperature: str, *options: str) -> SimpleNamespace:

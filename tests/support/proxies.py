@@ -24,8 +24,8 @@ from typing import Any
 
 from conftest import ended_with, some_bytes
 from ends import GUARD, MiB
+from paths import PROJECT
 
-PROJECT = Path(__file__).resolve().parents[1]
 DATA = some_bytes(16 * MiB)
 
 Address = tuple[str, int]

@@ -10,12 +10,12 @@ import sys
 from pathlib import Path
 from xml.etree import ElementTree
 
-ROOT = Path(__file__).parents[1]
+from paths import PROJECT
 
 
 def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "benchmarks", *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100)
+    return subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, timeout=100)
 
 
 def test_the_cheap_ones_run_and_write_their_files(tmp_path: Path) -> None:
@@ -36,7 +36,7 @@ def test_the_cheap_ones_run_and_write_their_files(tmp_path: Path) -> None:
 
 
 def test_no_module_imports_one_that_imports_it() -> None:
-    paths = {path.stem: path for path in (ROOT / "benchmarks").glob("*.py")}
+    paths = {path.stem: path for path in (PROJECT / "benchmarks").glob("*.py")}
     imported: dict[str, set[str]] = {}
     for name, path in paths.items():
         nodes = [*ast.walk(ast.parse(path.read_text()))]

@@ -22,7 +22,8 @@ warnings.simplefilter('ignore', DeprecationWarning)  # of forking with threads
 {patching}
 import gevent, gevent.monkey, gevent.os, gevent.socket, gsplice
 from gsplice import pipes
-from gsplice._pool import idle as idle_module, lending, pipe as pipe_module
+from gsplice._pool import idle, lending
+from gsplice._pool.pipe import alive, keys, reserve
 from gsplice._counters import counters
 from gsplice.pipes import acquire, release
 
@@ -84,18 +85,18 @@ def test_the_child_has_none_of_the_parents_pipes(
         + """
 gevent.get_hub()
 lent = [acquire() for _ in range(4)]
-idle = [acquire() for _ in range(4)]
-inodes = {inode(pipe) for pipe in [*lent, *idle]}
+kept = [acquire() for _ in range(4)]
+inodes = {inode(pipe) for pipe in [*lent, *kept]}
 def leave_to_all():
     pipe = acquire()
     inodes.add(inode(pipe))
     release(pipe)
 gevent.monkey.get_original('_thread', 'start_new_thread')(leave_to_all, ())
 with gevent.Timeout(30):
-    while not idle_module.shared:  # until the thread has ended
+    while not idle.shared:  # until the thread has ended
         gevent.sleep(0.001)
-while idle:
-    release(idle.pop())
+while kept:
+    release(kept.pop())
 for pipe in lent[:3]:
     os.write(pipe.write_fd, b'from before the fork')
 pipe = None
@@ -201,13 +202,13 @@ def test_a_pipe_that_another_thread_is_making_does_not_count_in_the_child() -> N
     run_program(
         FORKS["os.fork"]
         + """
-key = next(pipe_module.keys)
-assert pipe_module.reserve(key, 9)
+key = next(keys)
+assert reserve(key, 9)
 def child():
     assert gsplice.stats().pipes_in_use == 0
     assert None not in [acquire() for _ in range(5)]
 fork(child)
-assert pipe_module.alive.pop(key) is None
+assert alive.pop(key) is None
 """,
         GSPLICE_MAX_PIPES=5,
     )

@@ -19,8 +19,9 @@ from pathlib import Path
 from typing import Any, Final
 
 from outcomes import ERROR, FAILED, PASSED, SKIPPED, CannotRun, Report, Suite, Task
+from paths import PROJECT
 
-ROOT: Final = Path(__file__).resolve().parent.parent
+ROOT: Final = PROJECT
 
 
 @dataclasses.dataclass(frozen=True)

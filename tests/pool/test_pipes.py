@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import inspect
 import os
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from fcntl import F_GETFD, F_GETFL, F_GETPIPE_SZ, FD_CLOEXEC, fcntl
 from pathlib import Path
 from typing import Any
@@ -16,83 +17,17 @@ from typing import Any
 import gevent
 import pytest
 from conftest import counting, receiver, run_program, some_bytes
+from pool import assert_balanced, in_thread, inode, is_open, lend
 
 import gsplice
 from gsplice import pipes
-from gsplice._pool import idle as idle_module
-from gsplice._pool import lending
-from gsplice._pool import pipe as pipe_module
+from gsplice._pool import idle, lending
 from gsplice._pool.idle import LOW_WATER
-from gsplice.config import settings
+from gsplice._pool.pipe import alive
 from gsplice.pipes import IDLE, UNKNOWN, Pipe, acquire, release
 
 KiB = 1024
 MiB = 1024 * KiB
-
-
-def empty_the_pool() -> None:
-    """Close every idle pipe."""
-    for idle in idle_module.idle_lists():
-        while idle:
-            idle.pop().close()
-
-
-@pytest.fixture
-def limits(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
-    """Start with an empty pool; the fixture's value sets its limits until the end of the test."""
-
-    def limit(**values: int) -> None:
-        for name, value in values.items():
-            monkeypatch.setattr(settings, name, value)
-        monkeypatch.setattr(lending._keeper().home, "room", settings.max_idle_hub)
-
-    gevent.get_hub()
-    lending._keeper().watch()
-    release(lend())  # the thread has its list now
-    empty_the_pool()
-    yield limit
-    gc.collect()  # what pytest.raises() has kept
-    empty_the_pool()
-
-
-def lend() -> Pipe:
-    pipe = acquire()
-    assert pipe is not None
-    return pipe
-
-
-def in_thread(function: Callable[[], Any]) -> Any:
-    """Run *function* in a native thread to the thread's end and return what it returned."""
-    results: list[Any] = []
-    thread = threading.Thread(target=lambda: results.append(function()))
-    thread.start()
-    thread.join()
-    return results.pop()
-
-
-def open_pipes() -> set[str]:
-    """Return the names of the pipes that this process has open."""
-    links = set()
-    for fd in os.listdir("/proc/self/fd"):
-        with contextlib.suppress(FileNotFoundError):
-            links.add(os.readlink(f"/proc/self/fd/{fd}"))
-    return links
-
-
-def is_open(pipe_inode: int) -> bool:
-    return f"pipe:[{pipe_inode}]" in open_pipes()
-
-
-def inode(pipe: Pipe) -> int:
-    return os.fstat(pipe.read_fd).st_ino
-
-
-def assert_balanced() -> None:
-    figures = gsplice.stats()
-    in_use, idle = figures.pipes_in_use, figures.pipes_idle
-    assert figures.pipes_created == figures.pipes_closed + in_use + idle
-    assert min(in_use, idle, figures.pipes_closed, figures.acquired_local) >= 0
-    assert len(pipe_module.alive) == in_use + idle
 
 
 # Acquiring and releasing
@@ -136,7 +71,7 @@ def test_a_pipe_whose_hub_is_gone_goes_to_all(limits: Callable[..., None]) -> No
     lent: list[Pipe] = []
     in_thread(lambda: lent.append(lend()))
     release(lent[0])
-    assert idle_module.shared == lent
+    assert idle.shared == lent
     assert acquire() is lent[0]
     release(lent[0])
     assert lending._local.idle == lent
@@ -160,7 +95,7 @@ def test_a_released_pipe_goes_to_the_hub_then_to_all_then_away(limits: Callable[
     assert [pipe.pending for pipe in lent] == [IDLE, IDLE, IDLE, UNKNOWN]
     assert (grown.pipes_idle, grown.pipes_closed, grown.pipes_in_use) == (3, 1, -4)
     assert lent[0] in lending._local.idle
-    assert lent[1:3] == idle_module.shared
+    assert lent[1:3] == idle.shared
     assert list(map(is_open, inodes)) == [True, True, True, False]
 
 
@@ -256,7 +191,8 @@ import contextlib, gc, os, resource, sys, threading
 from fcntl import F_GETPIPE_SZ, F_SETPIPE_SZ, fcntl
 import gevent, gevent.socket, gsplice
 from gsplice import pipes
-from gsplice._pool import idle as idle_module, lending, pipe as pipe_module
+from gsplice._pool import idle, lending
+from gsplice._pool.pipe import alive, keys
 from gsplice._pool.idle import LOW_WATER
 from gsplice.config import settings
 from gsplice.pipes import acquire, release
@@ -267,10 +203,10 @@ def descriptors():
 
 def balanced():
     figures = gsplice.stats()
-    in_use, idle = figures.pipes_in_use, figures.pipes_idle
-    assert figures.pipes_created == figures.pipes_closed + in_use + idle, figures
-    assert min(in_use, idle, figures.pipes_closed, figures.acquired_local) >= 0, figures
-    assert len(pipe_module.alive) == in_use + idle, figures
+    in_use, kept = figures.pipes_in_use, figures.pipes_idle
+    assert figures.pipes_created == figures.pipes_closed + in_use + kept, figures
+    assert min(in_use, kept, figures.pipes_closed, figures.acquired_local) >= 0, figures
+    assert len(alive) == in_use + kept, figures
     return figures
 
 def transfer(ends, size=3 * MiB):
@@ -517,7 +453,7 @@ def close_interrupted(pipe: Pipe, at: int) -> bool:
 
     def trace(frame: Any, event: str, arg: object) -> Any:
         nonlocal lines
-        if frame.f_code.co_filename != pipe_module.__file__:
+        if frame.f_code.co_filename != inspect.getfile(Pipe):
             return None
         lines += event == "line"
         if lines == at and not theirs:
@@ -579,11 +515,11 @@ lent = [acquire() for _ in range(300)]
 assert None not in lent and descriptors() == before + 600
 while lent:
     release(lent.pop())
-idle = balanced().pipes_idle
-assert idle == min(300, settings.max_idle_hub + settings.max_idle)
-assert descriptors() == before + 2 * idle
+kept = balanced().pipes_idle
+assert kept == min(300, settings.max_idle_hub + settings.max_idle)
+assert descriptors() == before + 2 * kept
 gc.collect()
-assert balanced().pipes_idle == idle  # used since the last collection
+assert balanced().pipes_idle == kept  # used since the last collection
 for _ in range(2):
     gc.collect()
 assert balanced().pipes_idle == LOW_WATER
@@ -620,7 +556,7 @@ def test_a_burst_is_reclaimed_by_the_hub() -> None:
         PROGRAM
         + BURST_WITHOUT_GC
         + """
-idle_module.RECLAIM_PERIOD = 0.05
+idle.RECLAIM_PERIOD = 0.05
 before = descriptors()
 for _ in range(2):
     burst()
@@ -646,7 +582,7 @@ def test_a_hub_reclaims_pipes_that_another_hub_made() -> None:
         PROGRAM
         + BURST_WITHOUT_GC
         + """
-idle_module.RECLAIM_PERIOD = 0.05
+idle.RECLAIM_PERIOD = 0.05
 def other():
     burst()
     gevent.get_hub().destroy()
@@ -667,7 +603,7 @@ def test_a_hub_reclaims_pipes_that_its_predecessor_made() -> None:
         PROGRAM
         + BURST_WITHOUT_GC
         + """
-idle_module.RECLAIM_PERIOD = 0.05
+idle.RECLAIM_PERIOD = 0.05
 burst()
 hub.destroy(destroy_loop=True)
 del hub
@@ -703,7 +639,7 @@ def test_pipes_lent_before_the_main_thread_has_a_hub_are_reclaimed() -> None:
         PROGRAM
         + WITHOUT_GC
         + """
-idle_module.RECLAIM_PERIOD = 0.05
+idle.RECLAIM_PERIOD = 0.05
 assert gevent._hub_local.get_hub_if_exists() is None
 lent = [acquire() for _ in range(300)]
 while lent:
@@ -720,7 +656,7 @@ def test_a_hub_that_has_used_the_pool_reclaims_what_others_leave_later() -> None
         PROGRAM
         + BURST_WITHOUT_GC
         + """
-idle_module.RECLAIM_PERIOD = 0.05
+idle.RECLAIM_PERIOD = 0.05
 release(acquire())
 gevent.sleep(0.2)
 def other():
@@ -754,10 +690,10 @@ def test_many_hubs_look_no_more_often_than_one() -> None:
         + """
 import time
 gc.disable()
-idle_module.RECLAIM_PERIOD = 0.2
+idle.RECLAIM_PERIOD = 0.2
 looks = []
-look = idle_module.reclaim
-idle_module.reclaim = lambda: (looks.append(time.monotonic()), look())
+look = idle.reclaim
+idle.reclaim = lambda: (looks.append(time.monotonic()), look())
 done = threading.Event()
 def other():
     release(acquire())
@@ -807,7 +743,7 @@ def test_idle_pipes_keep_no_hub_running() -> None:
     run_program(
         PROGRAM
         + """
-idle_module.RECLAIM_PERIOD = 3600
+idle.RECLAIM_PERIOD = 3600
 gevent.get_hub()
 release(acquire())
 assert gevent.get_hub().join(timeout=30) is True
@@ -906,15 +842,15 @@ def test_a_thread_that_ends_hands_over_no_more_than_there_is_room_for(
 def test_finalizers_and_reclamation_need_no_lock(limits: Callable[..., None]) -> None:
     plain, cycle = lend(), [lend()]
     cycle.append(cycle)  # type: ignore[arg-type]
-    idle = [lend() for _ in range(LOW_WATER + 2)]
-    while idle:
-        release(idle.pop())
+    lent = [lend() for _ in range(LOW_WATER + 2)]
+    while lent:
+        release(lent.pop())
     with counting() as grown, lending._lock:
         del plain, cycle
         pipes.reclaim()
         pipes.reclaim()
         gc.collect()
-        assert len(pipe_module.alive) == LOW_WATER
+        assert len(alive) == LOW_WATER
         lending._lock.release()  # counting() asks for it
         lending._lock.acquire()
     assert (grown.pipes_closed, grown.pipes_idle) == (4, -2)
@@ -956,9 +892,9 @@ def use():
     pipe = acquire()
     assert pipe.read_fd >= 0
     release(pipe)
-    idle_module.hand_over(lending._local.idle)  # as when a hub is gone
-    while idle_module.shared:
-        idle_module.shared.pop().close()
+    idle.hand_over(lending._local.idle)  # as when a hub is gone
+    while idle.shared:
+        idle.shared.pop().close()
 
 failed = []
 def go_on_interrupted():
@@ -968,7 +904,7 @@ def go_on_interrupted():
         leaving = threading.Thread(target=leave_two)  # for the shared list
         leaving.start()
         leaving.join()
-        for pipe in idle_module.shared:
+        for pipe in idle.shared:
             pipe.seen = pipe.uses  # one more look, and they are closed
         pipe = None
         interrupted = Interrupted(at)
@@ -998,21 +934,21 @@ assert balanced().pipes_in_use == 0
 INTERRUPTIONS = {
     "a cycle with a pipe is collected": """
 def interrupt():
-    pipe = pipes.Pipe(next(pipe_module.keys), *os.pipe())
+    pipe = pipes.Pipe(next(keys), *os.pipe())
     pipe.uses = 0
     cycle = [pipe]; cycle.append(cycle)
     del pipe, cycle
     gc.collect()
 """,
     "reclaimed to the last": """
-idle_module.LOW_WATER = 0
+idle.LOW_WATER = 0
 def interrupt():
     pipes.reclaim()
     pipes.reclaim()
 """,
     "a pipe is dropped": """
 def interrupt():
-    pipe = pipes.Pipe(next(pipe_module.keys), *os.pipe())
+    pipe = pipes.Pipe(next(keys), *os.pipe())
     pipe.uses = 0
 """,
     "another thread takes and leaves": """
@@ -1065,7 +1001,7 @@ def interrupt():
         + """
 for _ in range(3):
     gc.collect()
-assert len(pipe_module.alive) == gsplice.stats().pipes_idle
+assert len(alive) == gsplice.stats().pipes_idle
 """,
         GSPLICE_MAX_IDLE_HUB=2,
         GSPLICE_MAX_IDLE=2,
@@ -1155,7 +1091,7 @@ book, lent, counts = threading.Lock(), set(), []
 def watch():
     global passed
     while going:
-        passed = max(passed, len(pipe_module.alive))
+        passed = max(passed, len(alive))
         time.sleep(0)
 watcher = threading.Thread(target=watch)
 watcher.start()
@@ -1229,8 +1165,8 @@ def blocks_kept(calls: int) -> int:
         "release(acquire())",
         "lent = acquire()",
         "lent = acquire(); cycle = [lent]; cycle.append(cycle); del lent, cycle",
-        "lent = [acquire() for _ in range(40)]; idle = lent[::2]; del lent\n"
-        "while idle: release(idle.pop())",
+        "lent = [acquire() for _ in range(40)]; half = lent[::2]; del lent\n"
+        "while half: release(half.pop())",
         "class A: lent = acquire()\nrelease(acquire())",
         "import atexit; atexit.register(lambda: release(acquire()))",
         "import atexit; atexit.register(gc.collect); release(acquire())",

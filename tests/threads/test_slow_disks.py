@@ -26,6 +26,7 @@ import gevent
 import gevent.socket
 import gevent.threadpool
 import pytest
+from cold import drop
 from conftest import (
     counting,
     digest,
@@ -39,13 +40,12 @@ from conftest import (
 from ends import GUARD, Ends, KiB, MiB, is_waited_for, threads_done, until
 from gevent.monkey import get_original
 from slowfs import SlowFS
-from test_kill import Victim, assert_clean
-from test_residency import drop
+from victims import Victim, assert_clean
 
 import gsplice
 from gsplice._ends.small import SMALL_FILE as SMALL
 from gsplice._threads import descriptor, job
-from gsplice._threads import threads as threads_module
+from gsplice._threads.threads import Threads, threads
 from gsplice.config import settings
 
 unpatched_copyfileobj = get_original("shutil", "copyfileobj")
@@ -109,10 +109,10 @@ def with_a_cold_file(test: Callable[..., None]) -> Callable[..., None]:
     return until_cold
 
 
-def hub_threads() -> threads_module.Threads:
-    threads = threads_module.threads()
-    assert threads is not None
-    return threads
+def hub_threads() -> Threads:
+    ours = threads()
+    assert ours is not None
+    return ours
 
 
 class Clock:
@@ -1142,7 +1142,7 @@ def test_a_hub_is_destroyed_while_a_thread_works(
 ) -> None:
     monkeypatch.setattr(gevent.config, "threadpool_idle_task_timeout", 0.05)
     file_of(slow.directory / name, 1 * MiB)
-    before, threads = descriptors(), native_threads()
+    before, started = descriptors(), native_threads()
     slow.hold(name)
 
     def work() -> None:
@@ -1156,7 +1156,7 @@ def test_a_hub_is_destroyed_while_a_thread_works(
         hub.destroy(destroy_loop=True)
 
     in_thread(work)
-    until(lambda: native_threads() <= threads)
+    until(lambda: native_threads() <= started)
     until(lambda: descriptors() <= before)
     until(lambda: gsplice.stats().pipes_in_use == 0)
 
@@ -1340,7 +1340,7 @@ def test_where_no_thread_can_be_started_the_job_is_done_here(
         raise RuntimeError("can't start new thread")
 
     size = 3 * MiB
-    threads_of_its_own = threads_module.Threads(gevent.get_hub())
+    threads_of_its_own = Threads(gevent.get_hub())
     monkeypatch.setitem(gevent.get_hub().__dict__, "_gsplice_threads", threads_of_its_own)
     with monkeypatch.context() as patch:
         patch.setattr(gevent.threadpool.ThreadPool, "_add_thread", no_thread)
@@ -1357,22 +1357,22 @@ def test_where_no_thread_can_be_started_the_job_is_done_here(
 
 
 def test_one_filesystem_gets_half_of_the_threads_whatever_it_is_copied_to() -> None:
-    threads, going = hub_threads(), []
+    ours, going = hub_threads(), []
     gate = get_original("threading", "Event")()
 
     def wait_for(devices: tuple[int, ...]) -> None:
-        threads.run(devices, gate.wait, (), (GUARD,), ())
+        ours.run(devices, gate.wait, (), (GUARD,), ())
 
     try:
         going = [gevent.spawn(wait_for, (1,)) for _ in range(LANE)]
         going += [gevent.spawn(wait_for, (1, 2)) for _ in range(LANE)]
-        until(lambda: threads._running[1] == LANE)
-        assert threads.run((2,), lambda: "served", (), (), ()) == "served"
-        assert threads._running[1] == LANE
+        until(lambda: ours._running[1] == LANE)
+        assert ours.run((2,), lambda: "served", (), (), ()) == "served"
+        assert ours._running[1] == LANE
     finally:
         gate.set()
         gevent.joinall(going, timeout=GUARD, raise_error=True)
-    assert threads._busy == 0
+    assert ours._busy == 0
 
 
 def test_a_pipe_belongs_to_one_side_whenever_its_greenlet_is_killed(

@@ -20,6 +20,7 @@ from typing import Any
 
 import pytest
 from conftest import file_of, run_program
+from paths import PROJECT
 
 from gsplice.config import MiB
 
@@ -124,7 +125,7 @@ def test_one_process(root: Path) -> None:
 
 def test_the_console_script(root: Path, tmp_path: Path) -> None:
     """Made from pyproject.toml, as an installer makes it."""
-    project = (Path(__file__).parents[1] / "pyproject.toml").read_text()
+    project = (PROJECT / "pyproject.toml").read_text()
     module, function = re.findall(r'^gsplice = "([\w.]+):(\w+)"$', project, re.MULTILINE)[0]
     script = tmp_path / "gsplice"
     script.write_text(f"import sys\nfrom {module} import {function}\nsys.exit({function}())\n")
@@ -322,9 +323,8 @@ def test_a_port_that_another_server_has_is_not_shared(root: Path) -> None:
 def test_stalls_are_measured_while_somebody_watches() -> None:
     run_program("""
 import time, gevent
-from gsplice.file_server import figures as module
-from gsplice.file_server.figures import Figures
-figures = Figures()
+from gsplice.file_server import figures as its_figures
+figures = its_figures.Figures()
 figures.begin(0)
 assert figures.watch()["hub_stall"] == 0
 gevent.sleep(0.05)
@@ -333,7 +333,7 @@ gevent.sleep(0.05)
 assert 0.15 < figures.watch()["hub_stall"], figures.watch()
 meter = figures._stall
 assert meter._greenlet
-module.WATCHED = 0
+its_figures.WATCHED = 0
 figures.watch()
 meter._greenlet.join(20)
 assert not meter._greenlet
