@@ -16,18 +16,18 @@ class Body(Socket):
 
     __slots__ = ()
 
-    must_read_on = True
+    needs_final_read = True
 
-    def read_ahead(self, most: int | None) -> bytes:
+    def take_buffered(self, most: int | None) -> bytes:
         """Take what the object has read ahead, *most* bytes of it. Neither reads nor waits."""
-        left = self.left()
-        data = super().read_ahead(left if most is None else min(left, most))
-        self.took(len(data))
+        left = self.remaining()
+        data = super().take_buffered(left if most is None else min(left, most))
+        self.note_taken(len(data))
         return data
 
     def receive(self, most: int) -> bytes | int:
         """Receive what is there, without waiting, and count it as taken; or return minus errno."""
         data = super().receive(most)
         if isinstance(data, bytes):
-            self.took(len(data))
+            self.note_taken(len(data))
         return data

@@ -48,7 +48,7 @@ def by_name(cls: type, table: Mapping[tuple[str, str], _Entry]) -> _Entry | None
     return None
 
 
-def reads_as_written(obj: Any, *methods: str) -> bool:
+def methods_unchanged(obj: Any, *methods: str) -> bool:
     """Say whether none of *methods* has been replaced, on the instance *obj* or on its class."""
     cls = type(obj)
     own: dict[str, Any] = getattr(obj, "__dict__", {})

@@ -36,7 +36,7 @@ class File:
         check_open(self)
         return self.raw.fileno()  # type: ignore[no-any-return]
 
-    def left(self) -> int:
+    def remaining(self) -> int:
         """Return how many bytes come after the offset, by what fstat(2) said at first.
 
         Asked again, it may have the hub wait for a server. The end is where a read says it is.
@@ -47,7 +47,7 @@ class File:
 
     def is_small(self, limit: int | None = None) -> bool:
         """Say whether reading what is left, *limit* bytes at most, costs less than splicing it."""
-        left = self.left()
+        left = self.remaining()
         return (left if limit is None else min(left, limit)) <= SMALL_FILE
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> None:
@@ -58,29 +58,29 @@ class File:
         """Note that the next *number* bytes have been delivered."""
         self.offset += number
 
-    def may_be_read(self, answered: int) -> bool:
+    def can_read_after(self, minus_errno: int) -> bool:
         """Say whether reading may go on after that error: it says what is wrong, if anything is."""
         return True
 
-    def may_be_written(self, answered: int) -> bool:
+    def can_write_after(self, minus_errno: int) -> bool:
         """Say whether writing may go on after that error: it says what is wrong, if anything is."""
         return True
 
-    def took(self, number: int) -> None:
+    def note_taken(self, number: int) -> None:
         """Do nothing: bytes that are taken and not delivered can be read again."""
 
-    def ready(self, most: int) -> int:
+    def cached(self, most: int) -> int:
         """Return how many bytes at the offset, *most* at the most, need no disk.
 
         Raises ValueError when the file has been closed.
         """
-        return self.cache.ready(self.fileno(), self.offset, most)
+        return self.cache.cached(self.fileno(), self.offset, most)
 
     def is_same_file(self, other: File) -> bool:
         """Say whether *other* is the same file on disk."""
         return os.path.samestat(self.status, other.status)
 
-    def ahead(self) -> int:
+    def buffered(self) -> int:
         """Return how many bytes the object has read ahead of where it stands: they go first."""
         if self.obj is self.raw:
             return 0
@@ -89,9 +89,9 @@ class File:
             return 0
         return os.lseek(self.fileno(), 0, os.SEEK_CUR) - self.obj.tell()  # type: ignore[no-any-return]
 
-    def read_ahead(self, most: int | None) -> bytes:
+    def take_buffered(self, most: int | None) -> bytes:
         """Take what the object has read ahead, *most* bytes of it."""
-        ahead = self.ahead()
+        ahead = self.buffered()
         if not ahead:
             return b""
         return self.obj.read(ahead if most is None else min(ahead, most))  # type: ignore[no-any-return]
@@ -123,15 +123,15 @@ class File:
             raise BlockingIOError(errno.EAGAIN, "the file takes no more bytes now")
         return written
 
-    def write_waits(self, size: int) -> bool:
+    def write_may_wait(self, size: int) -> bool:
         """Say whether writing *size* bytes may have the hub wait for a disk."""
-        return self.cache.write_waits(size)
+        return self.cache.write_may_wait(size)
 
-    def close_waits(self) -> bool:
+    def close_may_wait(self) -> bool:
         """Say whether closing a descriptor of the file may have the hub wait for a server."""
-        return self.cache.close_waits()
+        return self.cache.close_may_wait()
 
-    def reserve(self, size: int) -> int:
+    def claim(self, size: int) -> int:
         """Have the descriptor stand *size* bytes further on; return where it stood.
 
         A thread writes these bytes, while others may write to the same file behind them.
@@ -140,7 +140,7 @@ class File:
         os.lseek(self.fileno(), position + size, os.SEEK_SET)
         return position
 
-    def settle(self, position: int, reserved: int, written: int) -> None:
+    def settle_claim(self, position: int, reserved: int, written: int) -> None:
         """Have the descriptor stand after what has been *written* of what was *reserved*.
 
         Unless somebody else has moved it since, or the file has been closed.

@@ -73,7 +73,9 @@ _ONE_BYTE: Final = (bytearray(1),)
 _Question = Callable[[int, int, int], int]
 
 
-def learn_filesystems(devices: tuple[int | None, ...], job: Callable[..., Any], *args: Any) -> Any:
+def learn_filesystems_and_run(
+    devices: tuple[int | None, ...], job: Callable[..., Any], *args: Any
+) -> Any:
     """Do ``job(*args)``, on a thread, and learn what filesystems *devices* have.
 
     The first of *args* are descriptors of files on these.
@@ -92,7 +94,7 @@ def _filesystem(device: int) -> int | None:
 class Residency:
     """What is known of one file in the course of one transfer."""
 
-    __slots__ = ("_ask", "_asked", "_begin", "_cold", "_end", "_status", "_stretch")
+    __slots__ = ("_ask", "_asked", "_begin", "_cold_stretch", "_cold_until", "_end", "_status")
 
     def __init__(self, status: os.stat_result) -> None:
         self._status = status
@@ -100,17 +102,17 @@ class Residency:
         #: Bytes from _begin to _end are resident, said the page cache at the time _asked.
         self._begin = self._end = 0
         self._asked = 0.0
-        #: Below _cold we don't ask. _stretch is the length of the next such range.
-        self._cold = 0
-        self._stretch = COLD_STRETCH
+        #: Below _cold_until we don't ask. _cold_stretch is the length of the next such range.
+        self._cold_until = 0
+        self._cold_stretch = COLD_STRETCH
 
-    def ready(self, fd: int, offset: int, most: int) -> int:
+    def cached(self, fd: int, offset: int, most: int) -> int:
         """Return how many bytes from *offset* on, *most* at the most, need no disk.
 
         Raises nothing: what is wrong with *fd*, the transfer will find out.
         """
         ask = self._question(fd, offset)
-        if ask is None or offset < self._cold:
+        if ask is None or offset < self._cold_until:
             return 0
         now = time.monotonic()
         if not self._begin <= offset <= self._end or now - self._asked > BELIEVED:
@@ -132,9 +134,9 @@ class Residency:
         """
         if self._question(fd, offset) is _probe:
             return read_resident(fd, offset, size, buffer)
-        return os.pread(fd, size, offset) if self.ready(fd, offset, size) == size else None
+        return os.pread(fd, size, offset) if self.cached(fd, offset, size) == size else None
 
-    def write_waits(self, size: int) -> bool:
+    def write_may_wait(self, size: int) -> bool:
         """Say whether writing *size* bytes to the file may have to wait for a disk or a server."""
         if settings.offload != "auto":
             return settings.offload == "always"
@@ -143,13 +145,13 @@ class Residency:
             return False
         return size > BIG_WRITE or filesystem not in _ON_DISK
 
-    def close_waits(self) -> bool:
+    def close_may_wait(self) -> bool:
         """Say whether a server may be told of a close."""
         return _filesystem(self._status.st_dev) not in _IN_MEMORY | _ON_DISK
 
     def _met_disk(self, offset: int) -> None:
-        self._cold = offset + self._stretch
-        self._stretch *= 2
+        self._cold_until = offset + self._cold_stretch
+        self._cold_stretch *= 2
 
     def _question(self, fd: int, offset: int) -> _Question | None:
         """Return what answers for this file; None if that is not known yet."""
@@ -186,7 +188,7 @@ def answered_by(fd: int) -> str:
     if settings.offload != "auto":
         return settings.offload
     status = os.fstat(fd)
-    learn_filesystems((status.st_dev,), _none, fd, 0, 0)
+    learn_filesystems_and_run((status.st_dev,), _none, fd, 0, 0)
     question = Residency(status)._question(fd, 0)
     names: dict[_Question, str] = {_probe: "RWF_NOWAIT", _all: "memory", _look: "mincore"}
     return "nobody" if question is None else names.get(question, "nobody")

@@ -35,7 +35,7 @@ class CallersPipe(Stream):
         check_open(self)
         return self.raw.fileno()  # type: ignore[no-any-return]
 
-    def may_be_read(self, answered: int) -> bool:
+    def can_read_after(self, minus_errno: int) -> bool:
         """Say whether reading may go on after that error: it says what is wrong, if anything is."""
         return True
 
@@ -65,7 +65,7 @@ class CallersPipe(Stream):
         has room for PIPE_BUF bytes: so much has a slot of its own (pipe(7)). Lets out
         BlockingIOError if others have just filled that, and BrokenPipeError.
         """
-        room = (fcntl(fd, F_GETPIPE_SZ) - self.holds()) & -select.PIPE_BUF
+        room = (fcntl(fd, F_GETPIPE_SZ) - self.available()) & -select.PIPE_BUF
         pipe = acquire()
         if pipe is None:
             return 0

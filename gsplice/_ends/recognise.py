@@ -150,7 +150,7 @@ def _check_sink(fd: int) -> None:
         raise NotOurs("append")  # splice(2): EINVAL
 
 
-def different_files(src: End, dst: End) -> None:
+def check_different_files(src: End, dst: End) -> None:
     """Pass if the ends are no files, or two that the kernel can copy from one to the other.
 
     Raises NotOurs for the same file, which both objects buffer, and for files of two filesystems
@@ -194,14 +194,14 @@ def _response(obj: Any) -> Body:
 def _request(obj: Any) -> Body:
     """Return the body of a request, of which *obj* is the ``wsgi.input``. Raises NotOurs."""
     kind = INPUTS[type(obj).__module__, type(obj).__name__]
-    behind = kind.behind(obj)
+    behind = kind.inner_of(obj)
     if behind is None:
         raise NotOurs("body")
     end = stream_socket(behind) if kind is GunicornBody else source(behind)
-    if not isinstance(end, kind.around):
+    if not isinstance(end, kind.inner_type):
         raise NotOurs("source_type")
     body = kind(end, obj)
-    if body.left() <= SMALL_BODY:
+    if body.remaining() <= SMALL_BODY:
         raise NotOurs("small")
     return body
 

@@ -7,7 +7,7 @@ from typing import Any, Final, NoReturn
 
 from .._os.results import error
 from .body import Body
-from .exact_type import reads_as_written
+from .exact_type import methods_unchanged
 from .socket import Socket
 
 #: How a response reads.
@@ -31,23 +31,23 @@ class ClientBody(Body):
         super().__init__(end.obj, end.raw, end.sock)
         self._response = response
 
-    def left(self) -> int:
+    def remaining(self) -> int:
         """Return how many bytes may be taken: what follows is the next response's."""
         length: int | None = self._response.length
         return sys.maxsize if length is None else length
 
-    def kept(self) -> int:
+    def withheld(self) -> int:
         """Keep the last byte back: with it, read() reads ahead, and drops what is not the body's.
 
         A server may send CRLF after a body, which the next response must not begin with.
         """
         return 0 if self._response.length is None else 1
 
-    def read_kept(self) -> bytes:
+    def read_withheld(self) -> bytes:
         """Read the last byte, and let go of the connection."""
         return self._response.read(1)  # type: ignore[no-any-return]
 
-    def took(self, number: int) -> None:
+    def note_taken(self, number: int) -> None:
         """Count as ``read()`` does, which is before the bytes are written anywhere."""
         if self._response.length is not None:
             self._response.length -= number
@@ -74,9 +74,9 @@ class Urllib3Body(ClientBody):
         super().__init__(end, outer._fp)
         self._outer = outer
 
-    def took(self, number: int) -> None:
+    def note_taken(self, number: int) -> None:
         """Count as ``read()`` does, in both responses."""
-        super().took(number)
+        super().note_taken(number)
         if number:
             if hasattr(self._outer, "_uncached_read_occurred"):  # not in urllib3 1
                 self._outer._uncached_read_occurred = True
@@ -84,7 +84,7 @@ class Urllib3Body(ClientBody):
             if self._outer.length_remaining is not None:
                 self._outer.length_remaining -= number
 
-    def read_kept(self) -> bytes:
+    def read_withheld(self) -> bytes:
         """Read the last byte, and have both responses let go of the connection."""
         return self._outer.read(1)  # type: ignore[no-any-return]
 
@@ -98,10 +98,10 @@ class Urllib3Body(ClientBody):
         with self._outer._error_catcher():
             super().wait_read()
 
-    def raise_own(self, answered: int) -> NoReturn:
+    def raise_read_error(self, minus_errno: int) -> NoReturn:
         """Raise what urllib3 makes of *err*, an error of the socket."""
         with self._outer._error_catcher():
-            raise error(answered)
+            raise error(minus_errno)
         raise AssertionError  # the catcher lets every error out
 
     def leave_source(self) -> None:
@@ -116,7 +116,7 @@ def response_behind(obj: Any) -> Any | None:
 
     None: it gives others (chunks, decoded ones), none at all, or reads in a way of its own.
     """
-    if not reads_as_written(obj, *_METHODS):
+    if not methods_unchanged(obj, *_METHODS):
         return None
     client = sys.modules.get("http.client")
     if type(obj) is not getattr(client, "HTTPResponse", None):

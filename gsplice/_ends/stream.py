@@ -9,7 +9,7 @@ from typing import Any, ClassVar, NoReturn
 from gevent.monkey import get_original
 
 from .._os.linux import FIONREAD, ioctl
-from .._os.results import error, recv_may_go_on, send_may_go_on
+from .._os.results import can_recv_after, can_send_after, error
 
 _get_ident: Callable[[], int] = get_original("_thread", "get_ident")
 
@@ -20,7 +20,7 @@ class Stream:
     __slots__ = ("is_sink", "obj", "raw")
 
     #: Whether only a read of the object's own, after all has been moved, finds its end.
-    must_read_on: ClassVar[bool] = False
+    needs_final_read: ClassVar[bool] = False
 
     #: Bytes that were taken exist nowhere else.
     rereadable: ClassVar[bool] = False
@@ -35,23 +35,23 @@ class Stream:
         """Return the descriptor, as it is now."""
         raise NotImplementedError
 
-    def left(self) -> int:
+    def remaining(self) -> int:
         """Return how many bytes may be taken: all that come."""
         return sys.maxsize
 
-    def kept(self) -> int:
+    def withheld(self) -> int:
         """Return how many of the last bytes only the object's own read() may take."""
         return 0
 
-    def read_kept(self) -> bytes:
+    def read_withheld(self) -> bytes:
         """Have the object read these: nothing else is left. Lets out what its read() raises."""
         return b""
 
-    def holds(self) -> int:
+    def available(self) -> int:
         """Return how many bytes there are to read (pipe(7), tcp(7), unix(7): FIONREAD)."""
         return int.from_bytes(ioctl(self.fileno(), FIONREAD, bytes(4)), sys.byteorder)
 
-    def took(self, number: int) -> None:
+    def note_taken(self, number: int) -> None:
         """Note that *number* bytes have been taken from the descriptor, not yet delivered.
 
         Below 0: that so many have not been taken after all.
@@ -60,19 +60,19 @@ class Stream:
     def advance(self, number: int) -> None:
         """Do nothing: delivered bytes move no position."""
 
-    def may_be_read(self, answered: int) -> bool:
+    def can_read_after(self, minus_errno: int) -> bool:
         """Say whether reading the ordinary way may go on after that error of splice(2)."""
-        return recv_may_go_on(answered)
+        return can_recv_after(minus_errno)
 
-    def may_be_written(self, answered: int) -> bool:
+    def can_write_after(self, minus_errno: int) -> bool:
         """Say whether writing the ordinary way may go on after that error of splice(2)."""
-        return send_may_go_on(answered)
+        return can_send_after(minus_errno)
 
-    def raise_own(self, answered: int) -> NoReturn:
+    def raise_read_error(self, minus_errno: int) -> NoReturn:
         """Raise what reading the object would for an error of the descriptor, minus its errno."""
-        raise error(answered)
+        raise error(minus_errno)
 
-    def read_ahead(self, most: int | None) -> bytes:
+    def take_buffered(self, most: int | None) -> bytes:
         """Take what the object has read ahead, *most* bytes of it. Neither reads nor waits."""
         if self.obj is self.raw:
             return b""

@@ -59,22 +59,22 @@ def answer(call: Callable[..., Any], *args: Any, **options: Any) -> Any:
         return -(err.errno or errno.EIO)
 
 
-def recv_may_go_on(answered: int) -> bool:
+def can_recv_after(minus_errno: int) -> bool:
     """Say whether recv(2) may be tried after that error of a socket that is read.
 
     Any other is told only once, and recv(2) would find an end of file then.
     """
-    return -answered in _REFUSALS
+    return -minus_errno in _REFUSALS
 
 
-def send_may_go_on(answered: int) -> bool:
+def can_send_after(minus_errno: int) -> bool:
     """Say whether send(2) or write(2) may be tried after that error of a connection or pipe.
 
     If anything else is wrong it says so, and says what.
     """
-    return -answered not in _NO_WAY_THERE
+    return -minus_errno not in _NO_WAY_THERE
 
 
-def error(answered: int) -> OSError:
+def error(minus_errno: int) -> OSError:
     """Return the error that an answer below 0 stands for."""
-    return OSError(-answered, os.strerror(-answered))
+    return OSError(-minus_errno, os.strerror(-minus_errno))

@@ -198,7 +198,7 @@ class _FileResponse:
         and network filesystems: only reading finds the end then. Lets out the errors of reading.
         """
         transfer, src = self._transfer, self._transfer.src
-        length = _cut(max(0, src.left()), most)
+        length = _cut(max(0, src.remaining()), most)
         more = int(length != most)  # a byte that is asked for and must not be there
         if length <= SMALL_FILE:
             # In sysfs the size is that of a page: what a small file really has is what counts.
@@ -226,7 +226,7 @@ class _FileResponse:
         transfer, src = self._transfer, self._transfer.src
         if length > SMALL_FILE:
             return length
-        first = src.read_ahead(length + more)
+        first = src.take_buffered(length + more)
         try:
             while (asked := length + more - len(first)) and (
                 data := read(transfer, src.offset + len(first), asked)
@@ -259,10 +259,10 @@ class _FileResponse:
             handler.socket.setsockopt(IPPROTO_TCP, TCP_NODELAY, 1)
         if first:
             self._write_together(first)
-            transfer.moved(len(first), "bytes_copied")
-            if transfer.room(1):
+            transfer.count_delivered(len(first), "bytes_copied")
+            if transfer.within_limit(1):
                 self._send_rest()
-        elif transfer.room(1):
+        elif transfer.within_limit(1):
             self._send_headers()
             self._send_rest()
         else:

@@ -10,7 +10,7 @@ from typing import Any, Final
 from .._counters import counters
 from .._ends.end import End
 from .._ends.file import File
-from .._ends.recognise import NotOurs, different_files, regular_file, sink, source
+from .._ends.recognise import NotOurs, check_different_files, regular_file, sink, source
 from .._move.move import move
 from .._move.transfer import Transfer
 
@@ -51,8 +51,8 @@ def copyfileobj(fsrc: Any, fdst: Any, length: int = 0) -> None:
         if length and not (type(length) is int and -1 <= length <= _MOST_LENGTH):
             raise NotOurs("arguments")
         src, dst = source(fsrc), sink(fdst)
-        different_files(src, dst)
-        if length and length < 0 and not isinstance(src, File) and src.must_read_on:
+        check_different_files(src, dst)
+        if length and length < 0 and not isinstance(src, File) and src.needs_final_read:
             raise NotOurs("arguments")  # a response does not stop at the end of its body then
     except NotOurs as reason:
         counters.fell_back(reason.args[0])
@@ -66,10 +66,10 @@ def copyfileobj(fsrc: Any, fdst: Any, length: int = 0) -> None:
 
 def _original_is_faster(src: File, dst: End) -> bool:
     """Say whether there is little left of *src*, and no disk to wait for on either side."""
-    left = src.left()
-    if left <= 0 or not src.is_small() or src.ready(left) < left:
+    left = src.remaining()
+    if left <= 0 or not src.is_small() or src.cached(left) < left:
         return False
-    return not (isinstance(dst, File) and dst.write_waits(left))
+    return not (isinstance(dst, File) and dst.write_may_wait(left))
 
 
 def _fast_copy(name: str) -> Any:
@@ -80,7 +80,7 @@ def _fast_copy(name: str) -> Any:
             src, dst = regular_file(fsrc), sink(fdst)
             if not isinstance(dst, File):
                 raise NotOurs("destination_type")
-            different_files(src, dst)
+            check_different_files(src, dst)
             if _original_is_faster(src, dst):
                 raise NotOurs("small")
         except NotOurs as reason:

@@ -19,7 +19,7 @@ from gevent.hub import MAIN_THREAD_IDENT, get_hub
 from gevent.monkey import get_original
 
 from ..config import Settings, settings
-from .pipe import Home, Pipe
+from .pipe import IdleList, Pipe
 
 #: Idle pipes that reclamation leaves open, in the whole process: enough for a quiet server's next
 #: requests, two megabytes of pipe room at the most.
@@ -35,13 +35,13 @@ get_ident: Callable[[], int] = get_original("_thread", "get_ident")
 shared: Final[list[Pipe]] = []
 
 #: Every thread's home, for as long as the thread lives.
-homes: Final[list[weakref.ref[Home]]] = []
+homes: Final[list[weakref.ref[IdleList]]] = []
 
 #: When a timer last had the lists looked at, in seconds of the monotonic clock.
 _last_look: float = 0.0
 
 
-def rest(home: Home) -> None:
+def unwatch(home: IdleList) -> None:
     """Keep no more than reclamation would leave: without a hub no timer looks at the list."""
     home.room = min(LOW_WATER, settings.max_idle_hub)
     home.watched = False
@@ -69,8 +69,8 @@ class Keeper:
     __slots__ = ("_hub", "_timer", "home")
 
     def __init__(self) -> None:
-        self.home = Home()
-        rest(self.home)
+        self.home = IdleList()
+        unwatch(self.home)
         homes.append(weakref.ref(self.home, homes.remove))
         self._hub: Callable[[], Any] = lambda: None
         self._timer: Any = None
@@ -94,7 +94,7 @@ class Keeper:
         home = self.home
 
         def hub_ended(_: object) -> None:
-            rest(home)
+            unwatch(home)
             hand_over(home.idle)
 
         self._hub = weakref.ref(hub, hub_ended)
@@ -136,8 +136,8 @@ def reclaim() -> None:
     spare = sum(map(len, lists)) - LOW_WATER
     for idle in lists:
         for pipe in [*idle]:
-            if pipe.seen != pipe.uses:
-                pipe.seen = pipe.uses
+            if pipe.uses_seen != pipe.uses:
+                pipe.uses_seen = pipe.uses
             elif spare > 0:
                 try:
                     idle.remove(pipe)

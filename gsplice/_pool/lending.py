@@ -19,7 +19,7 @@ from .._counters import counters
 from .._os.fork import around_fork, in_forked_child
 from ..config import settings
 from .idle import Keeper, idle_lists, shared
-from .pipe import IDLE, Home, Pipe, alive, closed_uses, keys, make, reserve
+from .pipe import IDLE, IdleList, Pipe, alive, closed_uses, keys, make, reserve
 
 #: Seconds for which the kernel is not asked for a pipe after it has refused one: that costs 12 us,
 #: and where a user's room is used up each transfer would ask many times.
@@ -69,7 +69,7 @@ def release(pipe: Pipe) -> None:
     """
     home = pipe.home
     idle = home.idle
-    if pipe.pending or pipe.lent or len(idle) >= home.room:
+    if pipe.pending or pipe.left_to_thread or len(idle) >= home.room:
         _release_elsewhere(pipe)
     else:
         pipe.pending = IDLE
@@ -98,7 +98,7 @@ def _acquire_shared() -> Pipe | None:
     return None
 
 
-def _acquire_new(home: Home) -> Pipe | None:
+def _acquire_new(home: IdleList) -> Pipe | None:
     global _refused_until
     if monotonic() < _refused_until:
         return None
@@ -124,7 +124,7 @@ def _release_elsewhere(pipe: Pipe) -> None:
     """Share *pipe* or close it: where no hub looks, nobody would give it up when it is old."""
     if pipe.pending == IDLE:
         raise ValueError(f"{pipe!r} was released twice; it belongs to the pool already")
-    if pipe.lent:
+    if pipe.left_to_thread:
         return
     if pipe.pending == 0 and (pipe.home.watched or _keeper().watch()):
         with _lock:

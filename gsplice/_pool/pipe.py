@@ -46,7 +46,7 @@ closed_uses: Final[deque[int]] = deque()
 keys: Final = itertools.count()
 
 
-class Home:
+class IdleList:
     """The idle pipes of one thread, to which those return that were lent from there."""
 
     __slots__ = ("__weakref__", "idle", "room", "watched")
@@ -71,12 +71,12 @@ class Pipe:
         "_key",
         "capacity",
         "home",
-        "lent",
+        "left_to_thread",
         "pending",
         "process",
         "read_fd",
-        "seen",
         "uses",
+        "uses_seen",
         "write_fd",
     )
 
@@ -90,14 +90,14 @@ class Pipe:
     #: fill is under way or was interrupted, or that the pipe is closed; IDLE that the pool has it.
     pending: int
     #: Whose list it goes back to.
-    home: Home
+    home: IdleList
     #: Whether a thread that is still at work on it will close it.
-    lent: bool
+    left_to_thread: bool
     #: Who made it.
     process: int
     #: How often it has been acquired, and how often it had been when reclamation last looked.
     uses: int
-    seen: int
+    uses_seen: int
 
     def __init__(self, key: int, read_fd: int, write_fd: int) -> None:
         self._key = key
@@ -105,10 +105,10 @@ class Pipe:
         self.write_fd = write_fd
         self.capacity = 0
         self.pending = 0
-        self.lent = False
+        self.left_to_thread = False
         self.process = os.getpid()
         self.uses = 1
-        self.seen = 0
+        self.uses_seen = 0
         alive[key] = weakref.ref(self)
 
     def discard(self) -> None:
@@ -123,9 +123,9 @@ class Pipe:
                 dropped = os.splice(self.read_fd, _null(), self.pending, flags=SPLICE_FLAGS)
                 self.pending -= dropped
 
-    def lend(self) -> None:
+    def leave_to_thread(self) -> None:
         """Leave it to a thread that is still at work on it, which will close it."""
-        self.lent = True
+        self.left_to_thread = True
 
     def close(
         self,
@@ -192,7 +192,7 @@ def capacity_of(number: int) -> int:
     return min(settings.pipe_size, next(sizes, DEFAULT_CAPACITY))
 
 
-def make(key: int, home: Home) -> Pipe | None:
+def make(key: int, home: IdleList) -> Pipe | None:
     """Open the pipe that *key* was reserved for; None if there is none to be had.
 
     The kernel refuses with EMFILE, ENFILE or ENOMEM (pipe(2)), a sandbox with whatever it likes,

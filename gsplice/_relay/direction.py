@@ -89,7 +89,7 @@ class Spliced(Transfer):
             except BlockingIOError:
                 sent = 0
             else:
-                self.moved(sent, "bytes_copied")
+                self.count_delivered(sent, "bytes_copied")
             if sent < len(data):
                 write(self, data[sent:])
             full = len(data) == READ
@@ -101,7 +101,7 @@ class Spliced(Transfer):
             else:
                 self.give_way()
 
-    def goes_on(self, filled: int) -> bool:
+    def keep_splicing(self, filled: int) -> bool:
         """Go on splicing until several fills in a row were no more than a read would have been."""
         self._short_fills = self._short_fills + 1 if filled < READ else 0
         return self._short_fills < SHORT_FILLS
@@ -126,7 +126,7 @@ class ThroughMethods(Account):
                 piece = data[begin : begin + RECORD]
                 self._dst.sendall(piece)
                 self.check_process()
-                self.passed(len(piece))
+                self.count_elsewhere(len(piece))
                 del piece
             del data  # an idle relay holds no bytes
             data = self._src.recv(READ)

@@ -17,10 +17,10 @@ from .._os.hub import hub_to_serve
 from .direction import Spliced, ThroughMethods
 
 #: How often in an idle timeout the counts are looked at: it may be so much of it late.
-_LOOKS: Final = 8
+_LOOKS_PER_TIMEOUT: Final = 8
 
 #: Seconds between two looks at the most; libuv knows no timer without end.
-_SELDOM: Final = 3600.0
+_LONGEST_PERIOD: Final = 3600.0
 
 
 class RelayResult(NamedTuple):
@@ -190,7 +190,7 @@ class _Both:
         except BaseException as err:  # noqa: BLE001  (the calling greenlet raises it)
             self._error = err
         self._back_ended = True
-        self._hub.loop.run_callback(self._tell)
+        self._hub.loop.run_callback(self._report)
 
     def _wait_for_back(self) -> None:
         try:
@@ -200,7 +200,7 @@ class _Both:
         finally:
             self._waiting = None
 
-    def _tell(self) -> None:
+    def _report(self) -> None:
         """Run by the loop: raise the error in the calling greenlet, or say that *back* ended."""
         error, self._error = self._error, None
         if error is not None and self._caller is not None:
@@ -215,17 +215,17 @@ class _Both:
 
         def look() -> None:
             nonlocal seen, since
-            if not self._there.is_ours():
+            if not self._there.began_here():
                 self._error = forked_error()
-                self._hub.loop.run_callback(self._tell)
+                self._hub.loop.run_callback(self._report)
             elif self.result() != seen:
                 seen, since = self.result(), monotonic()
             elif monotonic() - since >= timeout:
                 text = f"neither direction has delivered a byte for {timeout:g} seconds"
                 self._error = TimeoutError(text)
-                self._hub.loop.run_callback(self._tell)
+                self._hub.loop.run_callback(self._report)
 
-        every = max(min(timeout, _SELDOM * _LOOKS) / _LOOKS, 0.001)
+        every = max(min(timeout, _LONGEST_PERIOD * _LOOKS_PER_TIMEOUT) / _LOOKS_PER_TIMEOUT, 0.001)
         timer = self._hub.loop.timer(every, every)
         timer.start(look)
         return timer
