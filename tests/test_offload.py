@@ -672,7 +672,7 @@ def test_killed_in_the_queue(many_held: list[str], slow: SlowFS, tmp_path: Path)
         dst, finish = ends.sink("bare_unix")
         before = descriptors()
         moving = ends.spawn(dst.sendfile, src)
-        until(lambda: gsplice.stats().offloads > 0 and not moving.cached() and moving.started)
+        until(lambda: gsplice.stats().offloads > 0 and not moving.ready() and moving.started)
         gevent.sleep(0)
         moving.kill(timeout=GUARD)
         assert moving.dead
@@ -702,7 +702,7 @@ def test_the_file_closed_while_a_thread_reads(
             elif way in TO_FILE:
                 continue  # the unpatched one lets nobody close it
             else:
-                until(lambda moving=moving: moving.started and not moving.cached())
+                until(lambda moving=moving: moving.started and not moving.ready())
             number = src.fileno()
             src.close()
             victim = Victim(tmp_path, number)

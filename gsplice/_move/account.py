@@ -63,7 +63,7 @@ class Account:
     def give_way(self) -> None:
         """Let other greenlets run if PIECE bytes have moved since they last could.
 
-        Lets out what is thrown into the greenlet meanwhile, and OSError (ECANCELED) in a forked child.
+        Lets out what is thrown into the greenlet, and OSError (ECANCELED) in a forked child.
         """
         if self._since_turn >= PIECE:
             self._since_turn = 0
