@@ -1,7 +1,7 @@
 """The body of a request as an end: the ``wsgi.input`` of gevent.pywsgi and of gunicorn.
 
-Also inside the stream that werkzeug, and so Flask, puts around it. Bodies that are chunked, or as
-long as the connection, are left to the original functions.
+Also inside the stream that werkzeug, and so Flask, puts around it. Bodies without a known length
+(chunked, or up to the end of the connection) are left to the original functions.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from .socket import Socket
 
 
 class PywsgiBody(Body):
-    """What is left of a ``gevent.pywsgi.Input`` with a ``Content-Length``."""
+    """What remains of a ``gevent.pywsgi.Input`` with a ``Content-Length``."""
 
     __slots__ = ("_input",)
 
-    #: What the object has to read from.
+    #: The kind of end that the object must read from.
     inner_type = Socket
 
     def __init__(self, end: Socket, obj: Any) -> None:
@@ -31,13 +31,13 @@ class PywsgiBody(Body):
 
     @staticmethod
     def inner_of(obj: Any) -> Any | None:
-        """Return the file that *obj* reads from; None if it gives other bytes, or none."""
+        """Return the file that *obj* reads from; None if it changes the bytes."""
         if not methods_unchanged(obj, "read", "_do_read", "_send_100_continue"):
             return None
         return None if obj.chunked_input or obj.content_length is None else obj.rfile
 
     def remaining(self) -> int:
-        """Return how many bytes may be taken: what follows is the next request's."""
+        """Return how many bytes of the body remain: what follows is the next request."""
         return self._input.content_length - self._input.position  # type: ignore[no-any-return]
 
     def note_taken(self, number: int) -> None:
@@ -45,18 +45,18 @@ class PywsgiBody(Body):
         self._input.position += number
 
     def take_buffered(self, most: int | None) -> bytes:
-        """Have the client go on, if it waits for that; take what has been read ahead."""
+        """Send 100 Continue if the client waits for it; take at most *most* buffered bytes."""
         if most != 0:
             self._input._send_100_continue()
         return super().take_buffered(most)
 
 
 class GunicornBody(Body):
-    """What is left of a ``gunicorn.http.body.Body`` of known length."""
+    """What remains of a ``gunicorn.http.body.Body`` of known length."""
 
     __slots__ = ("_body",)
 
-    #: What the object has to read from.
+    #: The kind of end that the object must read from.
     inner_type = Socket
 
     def __init__(self, end: Socket, obj: Any) -> None:
@@ -65,7 +65,7 @@ class GunicornBody(Body):
 
     @staticmethod
     def inner_of(obj: Any) -> Any | None:
-        """Return the socket that *obj* reads from; None if it gives other bytes, or none."""
+        """Return the socket that *obj* reads from; None if it changes the bytes."""
         reader = obj.reader
         if not methods_unchanged(obj, "read") or not _is_gunicorn(
             reader, "http.body", "LengthReader"
@@ -75,7 +75,7 @@ class GunicornBody(Body):
         return unreader.sock if _is_gunicorn(unreader, "http.unreader", "SocketUnreader") else None
 
     def remaining(self) -> int:
-        """Return how many bytes may be taken: what follows is the next request's."""
+        """Return how many bytes of the body remain: what follows is the next request."""
         return self._body.reader.length  # type: ignore[no-any-return]
 
     def note_taken(self, number: int) -> None:
@@ -83,7 +83,10 @@ class GunicornBody(Body):
         self._body.reader.length -= number
 
     def take_buffered(self, most: int | None) -> bytes:
-        """Take what two objects have read ahead, *most* bytes of it. Neither reads nor waits."""
+        """Take at most *most* bytes from the buffers of the body and of the connection's reader.
+
+        Neither reads the socket nor waits.
+        """
         body, unreader = self._body, self._body.reader.unreader
         held = body.buf.tell()
         data: bytes = body.read(held if most is None else min(held, most))
@@ -103,10 +106,10 @@ class GunicornBody(Body):
             super().wait_read()
 
     def raise_read_error(self, minus_errno: int) -> NoReturn:
-        """Raise *err*, which the descriptor has given to whoever read from it."""
+        """Raise that error, and have gunicorn close the connection."""
         with self._marking_failure():
             raise error(minus_errno)
-        raise AssertionError  # it lets every error out
+        raise AssertionError  # not reached: the context lets every error out
 
     @contextlib.contextmanager
     def _marking_failure(self) -> Iterator[None]:
@@ -120,14 +123,14 @@ class GunicornBody(Body):
 
 
 class LimitedBody(Body):
-    """What is left of a ``werkzeug.wsgi.LimitedStream`` around one of the others.
+    """What remains of a ``werkzeug.wsgi.LimitedStream`` around one of the others.
 
-    It has an error of its own for a client that has gone.
+    It turns the errors of a client that has gone into its own.
     """
 
     __slots__ = ("_inner", "_stream")
 
-    #: What the object has to read from.
+    #: The kind of end that the object must read from.
     inner_type: type[Socket] = Body
 
     def __init__(self, inner: Any, obj: Any) -> None:
@@ -137,22 +140,22 @@ class LimitedBody(Body):
 
     @staticmethod
     def inner_of(obj: Any) -> Any | None:
-        """Return what *obj* reads from; None if it does so in a way of its own."""
+        """Return what *obj* reads from; None if a method was replaced, or it is closed."""
         methods = ("read", "readinto", "on_exhausted", "on_disconnect")
         plain = methods_unchanged(obj, *methods) and not obj.closed
         return obj._stream if plain else None
 
     def remaining(self) -> int:
-        """Return how many bytes may be taken."""
+        """Return how many bytes remain of the inner body, up to the stream's own limit."""
         own: int = self._stream.limit - self._stream._pos
         return min(self._inner.remaining(), own)
 
     def withheld(self) -> int:
-        """Keep back what the inner body does."""
+        """Return what the inner body does."""
         return self._inner.withheld()
 
     def read_withheld(self) -> bytes:
-        """Read that through both objects."""
+        """Read the last byte through both objects."""
         return self._stream.read(1)  # type: ignore[no-any-return]
 
     def note_taken(self, number: int) -> None:
@@ -161,15 +164,15 @@ class LimitedBody(Body):
         self._stream._pos += number
 
     def take_buffered(self, most: int | None) -> bytes:
-        """Do what the inner body does; take what has been read ahead, *most* bytes of it."""
-        left = self.remaining()
+        """Take at most *most* buffered bytes of the inner body. Raises the stream's errors."""
+        remaining = self.remaining()
         with self._errors():
-            data = self._inner.take_buffered(left if most is None else min(left, most))
+            data = self._inner.take_buffered(remaining if most is None else min(remaining, most))
         self._stream._pos += len(data)
         return data
 
     def fileno(self) -> int:
-        """Return the descriptor, or raise, as the inner body does."""
+        """Return the inner body's descriptor. Raises the stream's errors."""
         with self._errors():
             return self._inner.fileno()
 
@@ -179,13 +182,13 @@ class LimitedBody(Body):
             self._inner.wait_read()
 
     def raise_read_error(self, minus_errno: int) -> NoReturn:
-        """Raise what the stream makes of *err*, an error of the socket."""
+        """Raise the stream's error for that error of the socket."""
         with self._errors():
             self._inner.raise_read_error(minus_errno)
-        raise AssertionError  # it makes an error of every error
+        raise AssertionError  # not reached: on_disconnect() always raises
 
     def leave_source(self) -> None:
-        """Do what the inner body does."""
+        """Do what the inner body does. Raises the stream's errors."""
         with self._errors():
             self._inner.leave_source()
 
@@ -195,10 +198,10 @@ class LimitedBody(Body):
             yield
         except (OSError, ValueError) as err:
             self._stream.on_disconnect(error=err)
-            raise AssertionError from err  # it always raises then
+            raise AssertionError from err  # not reached: on_disconnect() always raises
 
 
-#: The objects, by module and name, and the end that each of them is.
+#: The types of these objects, by module and name, and the class of the end for each.
 INPUTS: Final[dict[tuple[str, str], type[PywsgiBody | GunicornBody | LimitedBody]]] = {
     ("gevent.pywsgi", "Input"): PywsgiBody,
     ("gunicorn.http.body", "Body"): GunicornBody,
@@ -207,6 +210,6 @@ INPUTS: Final[dict[tuple[str, str], type[PywsgiBody | GunicornBody | LimitedBody
 
 
 def _is_gunicorn(obj: Any, module: str, name: str) -> bool:
-    """Say whether *obj* is of that very type of gunicorn's, and reads as its class does."""
+    """Return whether *obj* is of that very type of gunicorn's, and reads as its class does."""
     cls = getattr(sys.modules.get(f"gunicorn.{module}"), name, None)
     return cls is not None and type(obj) is cls and methods_unchanged(obj, "read", "chunk")
