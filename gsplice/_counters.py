@@ -1,4 +1,4 @@
-"""Counters: proof that the fast way ran, and how much went which way."""
+"""Counters: how many bytes went which way, so that users see whether the fast way ran."""
 
 from __future__ import annotations
 
@@ -18,30 +18,29 @@ _RLock: Callable[[], Any] = get_original("_thread", "RLock")
 class Stats:
     """What gsplice has done in this process since it was imported: an immutable snapshot.
 
-    A forked child goes on counting from its parent's figures, where the parent's pipes count as
-    closed.
+    A forked child starts from its parent's figures, with the parent's pipes counted as closed.
     """
 
-    #: Pipes made and closed so far, lent out now, and idle now (in the hubs' lists and the shared
-    #: one together). ``created == closed + in_use + idle`` while no other thread is at work.
+    #: Pipes made and closed so far, lent now, and idle now (in the hubs' lists and the shared one).
+    #: ``created == closed + in_use + idle`` while no other thread acquires or releases.
     pipes_created: int
     pipes_closed: int
     pipes_in_use: int
     pipes_idle: int
-    #: Where the pipes that were asked for came from: the hub's own list, the list that all hubs
-    #: share, or the kernel.
+    #: Pipes acquired from the hub's own list, from the list that all hubs share, and from the
+    #: kernel.
     acquired_local: int
     acquired_global: int
     acquired_new: int
     #: Transfers that moved at least one byte, whether they ended well or not.
     transfers: int
-    #: Bytes delivered by splice(2), by sendfile(2), by copy_file_range(2), and through Python's
-    #: memory as part of such a transfer. Bytes that an original function moved are not counted.
+    #: Bytes delivered by splice(2), sendfile(2) and copy_file_range(2), and read and written in a
+    #: transfer of gsplice's. Bytes that an original function moved are not counted.
     bytes_spliced: int
     bytes_sendfile: int
     bytes_copy_file_range: int
     bytes_copied: int
-    #: Disk waits that went to a thread.
+    #: Jobs done on threads, which may have waited for a disk.
     offloads: int
     #: Calls handed to the original function, or finished by it, by reason (see docs/taken.md).
     fallbacks: Mapping[str, int]
@@ -56,8 +55,8 @@ class Stats:
 class Counters:
     """The counters behind :class:`Stats`, one set for the process.
 
-    The lock is native and re-entrant: a finalizer that copies a file can run, in a garbage
-    collection, inside a count on the same thread.
+    The lock is native, and re-entrant: a garbage collection may run a finalizer that copies a file
+    while its own thread holds the lock.
     """
 
     __slots__ = ("_lock", "fallbacks", "numbers", "pool")
@@ -72,12 +71,12 @@ class Counters:
             "offloads": 0,
         }
         self.fallbacks: dict[str, int] = {}
-        #: Counts the pipes; the pool puts its own function here.
+        #: Returns the figures of the pool, which puts its function here.
         self.pool: Callable[[], dict[str, int]] = dict
         self.renew_lock()
 
     def renew_lock(self) -> None:
-        """Start with a lock that nobody holds."""
+        """Replace the lock by one that nobody holds."""
         self._lock = _RLock()
 
     def add(self, name: str, number: int) -> None:
@@ -92,7 +91,7 @@ class Counters:
             self.numbers[name] += number
 
     def fell_back(self, reason: str) -> None:
-        """Count one call that the original function got, or had to finish."""
+        """Count, under *reason*, one call that the original function got or had to finish."""
         with self._lock:
             self.fallbacks[reason] = self.fallbacks.get(reason, 0) + 1
 
@@ -105,10 +104,10 @@ class Counters:
 
 counters: Final = Counters()
 
-# Another thread may hold the lock at a fork; in the child nobody would ever release it.
+# Another thread may hold the lock at a fork, and does not exist in the child to release it.
 in_forked_child(counters.renew_lock)
 
 
 def stats() -> Stats:
-    """Return what gsplice has done so far."""
+    """Return the figures so far."""
     return counters.snapshot()

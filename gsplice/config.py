@@ -1,33 +1,32 @@
-"""What a user can set. Other numbers stand, with their reasons, in the module that they tune.
+"""The settings for users. Other numbers are, with their reasons, in the modules that use them.
 
-A setting is read once, when gsplice is imported, from the environment variable named after it, and
-can be set in code before the first transfer::
+gsplice reads each setting once, when it is imported, from the environment variable named after it.
+Code can set it before the first transfer::
 
     from gsplice.config import settings
     settings.max_pipes = 64
 
-A variable that is empty counts as not set, and so does one that makes no sense: what is wrong with
-it is said by a :class:`RuntimeWarning`, to the logger ``gsplice``, and by ``python -m gsplice
-doctor``. Whoever has Python raise its warnings (``-W error``) gets this one raised, too.
+A variable that is empty or invalid counts as not set. A :class:`RuntimeWarning`, the logger
+``gsplice`` and ``python -m gsplice doctor`` say what is wrong with an invalid one. With
+``-W error`` Python raises the warning.
 
 ``pipe_size`` (``GSPLICE_PIPE_SIZE``, 1048576)
-    Capacity asked for a new pipe, in bytes; never more than 1 MiB, and less as more are open.
+    Capacity to ask for a new pipe, in bytes; at most 1 MiB, and less when many are open.
 ``max_pipes`` (``GSPLICE_MAX_PIPES``, 256)
-    Most pipes open in the process; with 0, what needs a pipe goes another
-    way: files by sendfile(2), streams through memory.
+    Most pipes open in the process. With 0, files go by sendfile(2), streams through memory.
 ``max_idle_hub`` (``GSPLICE_MAX_IDLE_HUB``, 16)
     Most idle pipes that one hub keeps for itself.
 ``max_idle`` (``GSPLICE_MAX_IDLE``, 64)
     Most idle pipes in the list that all hubs share.
 ``offload`` (``GSPLICE_OFFLOAD``, auto)
-    Whether work that may wait for a disk goes to a thread: ``auto``, when the page cache does not
-    have what is wanted; ``never``, as unpatched; or ``always``, without asking the page cache.
+    Whether work that may wait for a disk goes to a thread: ``auto``, if the bytes are not in the
+    page cache; ``never``, as unpatched; or ``always``, without asking the page cache.
 ``threads`` (``GSPLICE_THREADS``, 8)
-    Most threads of one hub that wait for disks, made when first needed. One filesystem gets half
-    of them, so that a slow one does not hold up the others.
+    Most threads of one hub that wait for disks, made when first needed. One filesystem gets at
+    most half of them, so that a slow one does not hold up the others.
 ``patch_all`` (``GSPLICE_PATCH_ALL``, false)
-    Whether ``gevent.monkey.patch_all()`` also calls :func:`gsplice.patch_all`, unless it is told
-    ``gsplice=False``; with ``gsplice=True`` it does so in any case.
+    Whether ``gevent.monkey.patch_all()`` also calls :func:`gsplice.patch_all`. Its argument
+    ``gsplice``, True or False, overrides this.
 """
 
 from __future__ import annotations
@@ -76,7 +75,7 @@ def _policy(name: str, value: object) -> str:
 
 
 def _boolean(name: str, value: object) -> bool:
-    """Follow gevent's own rule for booleans (yes, true, on, 1, no, false, off, 0)."""
+    """Convert as gevent does (yes, true, on, 1, no, false, off, 0)."""
     try:
         return bool(validate_bool(value) if isinstance(value, str) else value)
     except ValueError:
@@ -84,9 +83,9 @@ def _boolean(name: str, value: object) -> bool:
 
 
 class Settings:
-    """What can be set; see the table at the top of this module.
+    """The settings; see the table at the top of this module.
 
-    Assigning a value that makes no sense raises :class:`ValueError`, saying which and why.
+    Assigning an invalid value raises :class:`ValueError`, which says what is wrong.
     """
 
     pipe_size: int
@@ -115,7 +114,7 @@ class Settings:
 
     @classmethod
     def read(cls, environ: Mapping[str, str]) -> tuple[dict[str, Any], dict[str, str]]:
-        """Return what *environ* sets, or the defaults; and what is wrong with which variables."""
+        """Return the values that *environ* sets or the defaults, and the faults by variable."""
         values: dict[str, Any] = {}
         wrong: dict[str, str] = {}
         for name, (check, default) in cls._checks.items():

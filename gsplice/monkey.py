@@ -1,8 +1,8 @@
-"""Which names are replaced, and putting them back.
+"""Replacing the names that gsplice patches, and putting the originals back.
 
-Built on :func:`gevent.monkey.patch_module`, so that ``gevent.monkey.get_original('shutil',
-'copyfileobj')`` and ``is_object_patched`` tell the truth, and gevent's subscribers are asked. The
-methods of a class are patched the same way: gevent keeps their originals under the class's full
+Uses :func:`gevent.monkey.patch_module`, so that ``gevent.monkey.get_original('shutil',
+'copyfileobj')`` and ``is_object_patched`` know of it, and subscribers to gevent's patching events
+can forbid it. So are the methods of a class: gevent keeps their originals under the class's full
 name, ``get_original('gevent._socket3.socket', 'sendfile')``.
 """
 
@@ -26,20 +26,20 @@ from ._patches import pywsgi as _pywsgi
 from ._patches import shutil_copy, socket_sendfile
 from ._patches.after_import import after_import, forget
 
-#: gevent.monkey has imported logging already.
+# Importing logging costs nothing: gevent.monkey has done it.
 _log: Final = logging.getLogger("gsplice")
 
 
 class _Row(NamedTuple):
-    """One thing to patch: as soon as somebody has imported its module, which we do not."""
+    """A module or class to patch, as soon as somebody else has imported the module."""
 
-    #: What users call it, with the names that are replaced.
+    #: What users call it, and the names that are replaced in it.
     label: str
     names: Sequence[str]
-    #: Where these are: in a module, or in a class of it.
+    #: The module, and the class in it or None.
     module: str
     cls: str | None
-    #: Given the module or class, returns the replacements, as gevent's patch_module() wants them.
+    #: Given the module or class, returns the replacements in the form that patch_module() takes.
     replacements: Callable[[Any], Any]
 
     def labels(self) -> list[str]:
@@ -52,7 +52,7 @@ class _Row(NamedTuple):
         return module if self.cls is None else getattr(module, self.cls, None)
 
     def awaited(self) -> str:
-        """Return why it is not patched before its module is there."""
+        """Return the reason for "not patched" until its module is imported."""
         return f"will be when {self.module} is imported"
 
 
@@ -81,16 +81,16 @@ _TABLE: Final = {
     ),
 }
 
-#: The rows that are going to be patched when their module is imported.
+#: The rows to be patched when their module is imported.
 _awaited: Final[set[str]] = set()
 
-#: The rows that are patched: where.
+#: The rows that are patched, each with the module that was given to gevent.
 _patched: Final[dict[str, ModuleType]] = {}
 
 
 @dataclasses.dataclass(frozen=True)
 class PatchResult:
-    """What :func:`patch_all` did: true if anything is patched now."""
+    """The result of :func:`patch_all`; it is true if anything is patched now."""
 
     #: The names that are patched now, whether by this call or an earlier one.
     patched: tuple[str, ...]
@@ -109,17 +109,17 @@ class PatchResult:
 def patch_all(
     *, socket: bool = True, shutil: bool = True, pywsgi: bool = True, gunicorn: bool = True
 ) -> PatchResult:
-    """Replace the names that gsplice has a faster way for; say which, and why not the others.
+    """Replace the names that gsplice is faster for; return which, and why not the others.
 
-    *socket*: ``sendfile`` of gevent's socket class. *shutil*: ``shutil.copyfileobj``, and
-    what the functions of shutil that copy whole files use. *pywsgi*:
-    ``wsgi.file_wrapper`` and file responses of ``gevent.pywsgi``, as soon as that is imported.
-    *gunicorn*: responses of its ``gevent`` worker that are a part of a file, in the same way.
+    *socket*: ``sendfile`` of gevent's socket class. *shutil*: ``shutil.copyfileobj``, and what the
+    functions of shutil that copy whole files call. *pywsgi*: ``wsgi.file_wrapper`` and file
+    responses of ``gevent.pywsgi``, as soon as that is imported. *gunicorn*: responses of its
+    ``gevent`` worker that are a part of a file, as soon as that is imported.
 
     Call it at startup, before or after ``gevent.monkey.patch_all()``; calling it again patches only
-    what is not patched yet. It creates no hub and no thread. Where the kernel or a sandbox refuses
-    splice(2), and elsewhere than on Linux, it changes nothing. Raises nothing of its own. What it
-    has done, if anything, the logger ``gsplice`` is told (INFO).
+    what is not patched yet. It creates no hub and no thread. It changes nothing if the kernel or a
+    sandbox refuses splice(2), or if this is not Linux. Raises nothing of its own. If it has changed
+    anything, or splice(2) is refused, it logs the result (logger ``gsplice``, INFO).
     """
     before = tuple(_patched)
     refusal = _refusal()
@@ -145,14 +145,14 @@ def patch_all(
 
 
 def is_for_later(reason: str) -> bool:
-    """Say whether *reason*, of :class:`PatchResult`, is that nobody has imported the module yet."""
+    """Return whether *reason*, from a :class:`PatchResult`, means: not imported yet."""
     return any(reason == row.awaited() for row in _TABLE.values())
 
 
 def unpatch_all() -> None:
     """Put every original back, as if :func:`patch_all` had never been called.
 
-    A name that something else has wrapped since gets its original back all the same.
+    Also a name that somebody else has wrapped since.
     """
     for key in _awaited:
         forget(_TABLE[key].module)
@@ -167,7 +167,7 @@ def unpatch_all() -> None:
 
 
 class _ClassAsModule(ModuleType):
-    """A class, in the clothes that gevent's patching of modules expects."""
+    """A class that looks like a module, as gevent's patch_module() takes only modules."""
 
     def __init__(self, cls: type) -> None:
         super().__init__(f"{cls.__module__}.{cls.__qualname__}")
@@ -181,7 +181,7 @@ class _ClassAsModule(ModuleType):
 
 
 def _patch(key: str) -> str | None:
-    """Patch that row now, or have it patched when its module comes; return why it is not yet."""
+    """Patch that row, now or when its module is imported; return why it is not patched now."""
     row = _TABLE[key]
     target = row.target()
     if target is None:
@@ -192,21 +192,21 @@ def _patch(key: str) -> str | None:
     module: ModuleType = target if row.cls is None else _ClassAsModule(target)
     if not gevent.monkey.patch_module(module, source):
         return "a subscriber to gevent's patching events forbade it"
-    # What was there may have been somebody's wrapper.
+    # Call what was there before us: it may have been somebody else's wrapper.
     source.originals.update(gevent.monkey.saved[module.__name__])
     _patched[key] = module
     return None
 
 
 def _patch_later(key: str) -> None:
-    """Patch that row, whose module has just been imported."""
+    """Patch that row, whose module has just been imported, and log it."""
     _awaited.discard(key)
     if _patch(key) is None:
         _log.info("patched: %s", ", ".join(_TABLE[key].labels()))
 
 
 def _refusal() -> str | None:
-    """Return why nothing can be spliced here, None if something can."""
+    """Return why splice(2) can't be used here, or None if it can."""
     if not LINUX:
         return "needs splice(2), which only Linux has"
     try:

@@ -1,9 +1,9 @@
-"""The body of an HTTP message as an end: bytes on a socket, of which so many belong to it.
+"""The body of an HTTP message as an end: a known number of bytes on a socket.
 
-What gives the body (a client's response, a server's ``wsgi.input``) knows how many bytes are left.
-Only as many are taken, and its count is kept true with each piece. What else happens at the end of
-a body differs from one to the other, so whoever has moved the bytes goes on with the object's own
-``read()``, which has nothing left to give, or tells what is wrong.
+The object that gives the body (a client's response, a server's ``wsgi.input``) counts how many
+bytes remain. No more are taken, and its count is corrected with each piece. What else an object
+does at the end of its body differs, so after the transfer the caller calls the object's own
+``read()``, which finds nothing more, or raises its error for a body cut short.
 """
 
 from __future__ import annotations
@@ -12,22 +12,22 @@ from .socket import Socket
 
 
 class Body(Socket):
-    """What is left of a body. Subclasses say how much that is, and count what is taken."""
+    """What remains of a body. Subclasses say how much that is, and count what is taken."""
 
     __slots__ = ()
 
-    must_read_on = True
+    needs_final_read = True
 
-    def read_ahead(self, most: int | None) -> bytes:
-        """Take what the object has read ahead, *most* bytes of it. Neither reads nor waits."""
-        left = self.left()
-        data = super().read_ahead(left if most is None else min(left, most))
-        self.took(len(data))
+    def take_buffered(self, most: int | None) -> bytes:
+        """Take at most *most* buffered bytes of the body. Neither reads the socket nor waits."""
+        remaining = self.remaining()
+        data = super().take_buffered(remaining if most is None else min(remaining, most))
+        self.note_taken(len(data))
         return data
 
     def receive(self, most: int) -> bytes | int:
-        """Receive what is there, without waiting, and count it as taken; or return minus errno."""
+        """Receive without waiting, and count the bytes as taken; or return minus the errno."""
         data = super().receive(most)
         if isinstance(data, bytes):
-            self.took(len(data))
+            self.note_taken(len(data))
         return data

@@ -1,4 +1,4 @@
-"""The error of a file that somebody has closed under way."""
+"""The error for a file that was closed during a transfer."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 
 def check_open(end: Any) -> None:
-    """Raise ValueError if the file behind *end* has been closed, in the words of its object."""
+    """Raise ValueError if the file of *end* has been closed: the error its object would raise."""
     if end.raw.closed:
         if end.is_sink:
             end.obj.write(b"")

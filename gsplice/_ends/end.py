@@ -1,9 +1,9 @@
 """The kinds of end that a transfer can have.
 
-An end answers four questions: which descriptor (asked for again after every wait, since another
-greenlet may have closed it and its number may be someone else's now), how to wait for it, what the
-object has buffered, and how to leave the object when the kernel has moved bytes behind its back.
-What an object really is, :mod:`gsplice._ends.recognise` finds out.
+An end answers four questions: which descriptor to use (asked after every wait, since meanwhile
+another greenlet may have closed it, and its number may be another file's), how to wait for it, what
+the object has buffered, and how to correct the object's state when the kernel has moved bytes.
+:mod:`gsplice._ends.recognise` decides which kind of end an object is.
 """
 
 from __future__ import annotations

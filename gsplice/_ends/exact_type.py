@@ -1,7 +1,7 @@
 """Whether an object is of exactly a known type, and does what that type does.
 
-Nothing is imported to recognise a type: as long as nobody has imported the module that defines it,
-no object of it exists.
+Nothing is imported to recognise a type: until somebody imports the module that defines it, there is
+no object of that type.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any, Final, TypeVar
 
 _Entry = TypeVar("_Entry")
 
-#: An instance that has one of these in its own dictionary does not do what its type does.
+#: An instance with one of these in its own dictionary may not do what its type does.
 FILE_METHODS: Final = frozenset(
     {
         "read",
@@ -33,12 +33,12 @@ FILE_METHODS: Final = frozenset(
 
 
 def overrides_nothing(obj: Any) -> bool:
-    """Say whether the instance *obj* reads and writes as its type does."""
+    """Return whether *obj* has no method of its own that reads or writes."""
     return FILE_METHODS.isdisjoint(obj.__dict__)
 
 
 def by_name(cls: type, table: Mapping[tuple[str, str], _Entry]) -> _Entry | None:
-    """Return what *table* has under the module and name of *cls*, if that name leads to *cls*."""
+    """Look up *cls* in *table* by its module and name, if that name in that module is *cls*."""
     try:
         entry = table.get((cls.__module__, cls.__name__))
     except TypeError:  # a name that can't be hashed
@@ -48,19 +48,19 @@ def by_name(cls: type, table: Mapping[tuple[str, str], _Entry]) -> _Entry | None
     return None
 
 
-def reads_as_written(obj: Any, *methods: str) -> bool:
-    """Say whether none of *methods* has been replaced, on the instance *obj* or on its class."""
+def methods_unchanged(obj: Any, *methods: str) -> bool:
+    """Return whether none of *methods* was replaced, on the instance *obj* or on its class."""
     cls = type(obj)
     own: dict[str, Any] = getattr(obj, "__dict__", {})
     module = sys.modules.get(cls.__module__)
     if module is None or not own.keys().isdisjoint(methods):
         return False
-    # What @contextmanager has wrapped is a function of contextlib's.
+    # A method wrapped by @contextmanager is a function of contextlib.
     namespaces = vars(module), vars(contextlib)
     for name in methods:
         method = getattr(cls, name, None)
         if method is None or isinstance(method, MethodDescriptorType):
-            continue  # a version does not have it; or it is written in C
+            continue  # this version does not have it; or it is written in C
         if not any(getattr(method, "__globals__", None) is each for each in namespaces):
             return False
     return True

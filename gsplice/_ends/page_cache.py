@@ -1,18 +1,17 @@
 """Is this range of the file in the page cache? If not, reading it would have the hub wait.
 
-The first of these that has an answer for a file is asked:
+The first of these that can tell for a file is asked:
 
-- preadv2(2) with ``RWF_NOWAIT`` reads a byte or fails with EAGAIN (ext4, xfs, btrfs). It is tried
-  once in every ``STRIDE`` bytes: all pages would cost as much as the transfer.
-- The type of the filesystem: in memory there is nothing to wait for. It is asked for on a thread,
-  since statfs(2) waits for the server of a FUSE filesystem; until it is known, the file is not
-  resident.
-- mincore(2) knows each page of a range (overlayfs), for those who own the file or may write it. It
-  is not asked on FUSE, NFS and CIFS, where mmap(2) and munmap(2) may wait for the server.
-  cachestat(2) has no answer on overlayfs, and elsewhere counts pages that are still being read: of
-  two clients that want the same file, the second would wait for the first one's disk.
+- preadv2(2) with ``RWF_NOWAIT`` reads a byte or fails with EAGAIN (ext4, xfs, btrfs). We try one
+  byte in every ``STRIDE``: trying every page would cost as much as the transfer.
+- The type of the filesystem: in memory there is nothing to wait for. A thread asks for it, since
+  statfs(2) on a FUSE filesystem waits for the server. Until it is known, nothing counts as cached.
+- mincore(2) tells for each page of a range (overlayfs), if the user owns the file or may write it.
+  Not on FUSE, NFS and CIFS, where mmap(2) and munmap(2) may wait for the server. Not cachestat(2)
+  instead: it fails on overlayfs, and elsewhere counts pages that are still loading, so that a
+  second client of the same file would have the hub wait for the first one's disk.
 
-Where there is no answer, a file counts as not resident. After a miss the next COLD_STRETCH bytes go
+If none can tell, nothing of the file counts as cached. After a miss the next COLD_STRETCH bytes go
 to a thread without asking: kernel read-ahead soon makes them partly cached, so the answer would
 mislead.
 """
@@ -29,33 +28,32 @@ from typing import Any, Final
 from .._os.linux import RWF_NOWAIT, can_be_mapped, filesystem_type, in_core
 from ..config import KiB, MiB, settings
 
-#: What is in the page cache is asked of one page in so many bytes: a question costs 0.9 us, and
-#: splicing this much takes 55 us.
+#: We ask about one page in so many bytes: asking costs 0.9 us, and splicing this much takes 55 us.
 STRIDE: Final = 512 * KiB
 
 #: Farther than the kernel or our threads ever read ahead.
 READ_AHEAD: Final = 4 * MiB
 
-#: How much goes by a thread without asking where the disk was met first; doubled each time, so that
-#: a file that is read from the disk from end to end is hardly ever asked about.
+#: After the first miss, so many bytes go to a thread without asking; twice as many after each later
+#: one, so that we hardly ask about a file that is read from the disk from end to end.
 COLD_STRETCH: Final = 4 * MiB
 
-#: Seconds for which an answer of the page cache is believed, and one about a filesystem's type: the
-#: number of its device is another's only after it has been unmounted.
+#: Seconds for which we believe that bytes are cached, and that a device has a type of filesystem:
+#: another filesystem may get the device's number after an unmount.
 BELIEVED: Final = 1.0
 TYPE_BELIEVED: Final = 1.0
 
-#: A piece of more than this is written to a disk on a thread. The kernel makes a writer wait, up to
-#: 200 ms, when too much is dirty, and looks once in 128 KiB or so (balance_dirty_pages()).
+#: A thread writes pieces larger than this to a disk. When too many pages are dirty, the kernel has
+#: a writer wait for up to 200 ms; it checks once in 128 KiB or so (balance_dirty_pages()).
 BIG_WRITE: Final = 64 * KiB
 
-#: ``f_type`` of what lives in memory: tmpfs, ramfs, hugetlbfs, proc, sysfs, cgroup, cgroup2.
+#: ``f_type`` of filesystems in memory: tmpfs, ramfs, hugetlbfs, proc, sysfs, cgroup, cgroup2.
 _IN_MEMORY: Final = frozenset(
     {0x01021994, 0x858458F6, 0x958458F6, 0x9FA0, 0x62656572, 0x27E0EB, 0x63677270}
 )
 
-#: ``f_type`` of what lives on a disk here and takes small writes into the page cache: ext4, xfs,
-#: btrfs, f2fs, zfs, bcachefs, overlayfs. What is anywhere else may ask a server about each.
+#: ``f_type`` of filesystems on a local disk, where small writes go to the page cache: ext4, xfs,
+#: btrfs, f2fs, zfs, bcachefs, overlayfs. Any other may ask a server about each write.
 _ON_DISK: Final = frozenset(
     {0xEF53, 0x58465342, 0x9123683E, 0xF2F52010, 0x2FC12FC1, 0xCA451A4E, 0x794C7630}
 )
@@ -63,20 +61,23 @@ _ON_DISK: Final = frozenset(
 _OVERLAYFS: Final = 0x794C7630
 _FUSE: Final = 0x65735546
 
-#: The type of the filesystem of each device, None if it can't be had, and when that was asked.
+#: For each device the type of its filesystem (None: statfs(2) failed), and when that was asked.
 _types: Final[dict[int, tuple[int | None, float]]] = {}
 _NOT_KNOWN: Final = -1
 
 _ONE_BYTE: Final = (bytearray(1),)
 
-#: Returns up to where a file is resident from an offset on: (descriptor, offset, end) -> end.
+#: (descriptor, offset, end) -> up to where, at most *end*, the file is cached from *offset* on.
 _Question = Callable[[int, int, int], int]
 
 
-def learn_filesystems(devices: tuple[int | None, ...], job: Callable[..., Any], *args: Any) -> Any:
-    """Do ``job(*args)``, on a thread, and learn what filesystems *devices* have.
+def learn_filesystems_and_run(
+    devices: tuple[int | None, ...], job: Callable[..., Any], *args: Any
+) -> Any:
+    """Return ``job(*args)``, after asking for the filesystems of *devices* that are not known yet.
 
-    The first of *args* are descriptors of files on these.
+    Called on a thread, since statfs(2) may wait. The first of *args* are descriptors of files on
+    these devices. Lets out what the job raises.
     """
     for device, fd in zip(devices, args, strict=False):
         if device is not None and _filesystem(device) == _NOT_KNOWN:
@@ -90,52 +91,60 @@ def _filesystem(device: int) -> int | None:
 
 
 class Residency:
-    """What is known of one file in the course of one transfer."""
+    """What is known about the page cache of one file, during one transfer."""
 
-    __slots__ = ("_ask", "_asked", "_begin", "_cold", "_end", "_status", "_stretch")
+    __slots__ = (
+        "_ask",
+        "_asked_at",
+        "_cached_from",
+        "_cached_to",
+        "_cold_stretch",
+        "_cold_until",
+        "_status",
+    )
 
     def __init__(self, status: os.stat_result) -> None:
         self._status = status
         self._ask: _Question | None = None
-        #: Bytes from _begin to _end are resident, said the page cache at the time _asked.
-        self._begin = self._end = 0
-        self._asked = 0.0
-        #: Below _cold we don't ask. _stretch is the length of the next such range.
-        self._cold = 0
-        self._stretch = COLD_STRETCH
+        #: Bytes from _cached_from to _cached_to were cached at the time _asked_at.
+        self._cached_from = self._cached_to = 0
+        self._asked_at = 0.0
+        #: Below _cold_until we don't ask. _cold_stretch is the length of the next such range.
+        self._cold_until = 0
+        self._cold_stretch = COLD_STRETCH
 
-    def ready(self, fd: int, offset: int, most: int) -> int:
-        """Return how many bytes from *offset* on, *most* at the most, need no disk.
+    def cached(self, fd: int, offset: int, most: int) -> int:
+        """Return how many bytes from *offset* on are cached, *most* at the most.
 
-        Raises nothing: what is wrong with *fd*, the transfer will find out.
+        Raises nothing: if *fd* is bad, the transfer's own call will fail.
         """
         ask = self._question(fd, offset)
-        if ask is None or offset < self._cold:
+        if ask is None or offset < self._cold_until:
             return 0
         now = time.monotonic()
-        if not self._begin <= offset <= self._end or now - self._asked > BELIEVED:
-            self._begin = self._end = offset
-        if self._end - offset < min(most, STRIDE):
-            self._end = ask(fd, self._end, offset + most)
-            self._asked = now
-            if self._end == offset:
-                self._met_disk(offset)
-        return min(self._end - offset, most)
+        if not self._cached_from <= offset <= self._cached_to or now - self._asked_at > BELIEVED:
+            self._cached_from = self._cached_to = offset
+        if self._cached_to - offset < min(most, STRIDE):
+            self._cached_to = ask(fd, self._cached_to, offset + most)
+            self._asked_at = now
+            if self._cached_to == offset:
+                self._note_miss(offset)
+        return min(self._cached_to - offset, most)
 
     def read(
         self, fd: int, offset: int, size: int, buffer: memoryview | None = None
     ) -> bytes | memoryview | None:
-        """Read at most *size* bytes at *offset*, or return None if that may need a disk.
+        """Read at most *size* bytes at *offset*; return None if that may have to wait for a disk.
 
-        No bytes: the file ends there. They may be part of *buffer*, which has room for as many.
+        No bytes: the file ends there. The result may be part of *buffer*, which must be that large.
         Lets out the errors of pread(2).
         """
-        if self._question(fd, offset) is _probe:
+        if self._question(fd, offset) is _ask_preadv2:
             return read_resident(fd, offset, size, buffer)
-        return os.pread(fd, size, offset) if self.ready(fd, offset, size) == size else None
+        return os.pread(fd, size, offset) if self.cached(fd, offset, size) == size else None
 
-    def write_waits(self, size: int) -> bool:
-        """Say whether writing *size* bytes to the file may have to wait for a disk or a server."""
+    def write_may_wait(self, size: int) -> bool:
+        """Return whether writing *size* bytes may wait for a disk or a server."""
         if settings.offload != "auto":
             return settings.offload == "always"
         filesystem = _filesystem(self._status.st_dev)
@@ -143,60 +152,68 @@ class Residency:
             return False
         return size > BIG_WRITE or filesystem not in _ON_DISK
 
-    def close_waits(self) -> bool:
-        """Say whether a server may be told of a close."""
+    def close_may_wait(self) -> bool:
+        """Return whether closing a descriptor may wait for a server, which is told of it."""
         return _filesystem(self._status.st_dev) not in _IN_MEMORY | _ON_DISK
 
-    def _met_disk(self, offset: int) -> None:
-        self._cold = offset + self._stretch
-        self._stretch *= 2
+    def _note_miss(self, offset: int) -> None:
+        self._cold_until = offset + self._cold_stretch
+        self._cold_stretch *= 2
 
     def _question(self, fd: int, offset: int) -> _Question | None:
-        """Return what answers for this file; None if that is not known yet."""
+        """Return the function that tells for this file; None if that is not known yet."""
         if self._ask is None:
             self._ask = self._choose(fd, offset)
         return self._ask
 
     def _choose(self, fd: int, offset: int) -> _Question | None:
         if settings.offload != "auto":
-            return _all if settings.offload == "never" else _none
+            return _all_cached if settings.offload == "never" else _none_cached
         try:
-            if read_resident(fd, offset, 1) is None:  # which has it read: it may be there soon
-                self._met_disk(offset)
+            if (
+                read_resident(fd, offset, 1) is None
+            ):  # this starts a read, so the answer may soon change
+                self._note_miss(offset)
         except OSError:
             pass
         else:
-            return _probe
+            return _ask_preadv2
         filesystem = _filesystem(self._status.st_dev)
         if filesystem == _NOT_KNOWN:
             return None
         if filesystem in _IN_MEMORY:
-            return _all
+            return _all_cached
         if filesystem == _OVERLAYFS and not in_core(fd, self._status.st_size + STRIDE, 1):
-            return _look
-        return _none
+            return _ask_mincore
+        return _none_cached
 
 
 def answered_by(fd: int) -> str:
-    """Say who answers for the file that *fd* is open on, for people to read.
+    """Return, for people to read, what tells whether bytes of the file behind *fd* are cached.
 
-    One of: ``RWF_NOWAIT``, ``memory``, ``mincore``, ``nobody``, or the policy that makes asking
-    needless, ``never`` or ``always``. May wait for the filesystem. Lets out the errors of fstat(2).
+    One of ``RWF_NOWAIT``, ``memory``, ``mincore``, ``nobody``, or the setting of ``offload`` with
+    which we don't ask: ``never``, ``always``. May wait for the filesystem. Lets out the errors of
+    fstat(2).
     """
     if settings.offload != "auto":
         return settings.offload
     status = os.fstat(fd)
-    learn_filesystems((status.st_dev,), _none, fd, 0, 0)
+    learn_filesystems_and_run((status.st_dev,), _none_cached, fd, 0, 0)
     question = Residency(status)._question(fd, 0)
-    names: dict[_Question, str] = {_probe: "RWF_NOWAIT", _all: "memory", _look: "mincore"}
+    names: dict[_Question, str] = {
+        _ask_preadv2: "RWF_NOWAIT",
+        _all_cached: "memory",
+        _ask_mincore: "mincore",
+    }
     return "nobody" if question is None else names.get(question, "nobody")
 
 
 def refuse_uncached(fd: int) -> None:
-    """Raise OSError (EOPNOTSUPP) where splice(2) would give what the page cache has kept.
+    """Raise OSError (EOPNOTSUPP) for a file of which splice(2) could give outdated pages.
 
-    A FUSE filesystem may want every read to reach it (``direct_io``); splice(2) does not care. Such
-    a file can't be mapped either. Called on a thread.
+    A FUSE filesystem may demand that every read reaches it (``direct_io``), but splice(2) takes
+    pages from the cache all the same. Such a file is known by mmap(2), which refuses it. Called on
+    a thread, since this may wait for the filesystem.
     """
     if filesystem_type(fd) != _FUSE:
         return
@@ -207,10 +224,10 @@ def refuse_uncached(fd: int) -> None:
 def read_resident(
     fd: int, offset: int, size: int, buffer: memoryview | None = None
 ) -> memoryview | None:
-    """Read at most *size* bytes at *offset* from the page cache; None if they are not there.
+    """Read at most *size* bytes at *offset* from the page cache; None if the first is not there.
 
-    No bytes: the file ends there. They are part of *buffer*, if it is given. Lets out OSError where
-    the filesystem can't tell (EOPNOTSUPP).
+    No bytes: the file ends there. The result is part of *buffer*, if that is given. Lets out the
+    errors of preadv2(2): EOPNOTSUPP if the filesystem can't tell.
     """
     buffer = memoryview(bytearray(size)) if buffer is None else buffer[:size]
     try:
@@ -220,20 +237,20 @@ def read_resident(
     return buffer[:number]
 
 
-def _all(fd: int, offset: int, end: int) -> int:
+def _all_cached(fd: int, offset: int, end: int) -> int:
     return end
 
 
-def _none(fd: int, offset: int, end: int) -> int:
+def _none_cached(fd: int, offset: int, end: int) -> int:
     return offset
 
 
-def _probe(fd: int, offset: int, end: int) -> int:
-    """Return up to where *offset*, and a page of each stride from there, is resident.
+def _ask_preadv2(fd: int, offset: int, end: int) -> int:
+    """Return up to where the byte at *offset*, and one in each stride after it, is cached.
 
     Returns *offset* if the page READ_AHEAD bytes past *end* isn't cached: what is cached may then
-    only be read-ahead for another reader, and still be loading. Which page of a stride is looked at
-    is left to chance, so that no client can choose what goes unnoticed.
+    only be read-ahead for another reader, and still be loading. The byte in each stride is chosen
+    at random, so that no client can arrange for the uncached pages to be missed.
     """
     try:
         if os.preadv(fd, _ONE_BYTE, offset, RWF_NOWAIT) == 0:
@@ -245,10 +262,10 @@ def _probe(fd: int, offset: int, end: int) -> int:
             if os.preadv(fd, _ONE_BYTE, looked_at, RWF_NOWAIT) == 0:
                 break
             offset = following
-    except OSError:  # EAGAIN: not resident
+    except OSError:  # EAGAIN: not cached
         pass
     return offset
 
 
-def _look(fd: int, offset: int, end: int) -> int:
+def _ask_mincore(fd: int, offset: int, end: int) -> int:
     return end if in_core(fd, offset, end - offset) else offset

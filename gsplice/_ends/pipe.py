@@ -1,4 +1,4 @@
-"""A pipe of the caller's, as the source or the destination of a transfer."""
+"""The caller's own pipe, as the source or the destination of a transfer."""
 
 from __future__ import annotations
 
@@ -19,38 +19,42 @@ from .._pool.pipe import UNKNOWN
 from .closed import check_open
 from .stream import Stream
 
-# gevent's would let other greenlets run.
+# Unpatched: gevent's own would switch to the hub.
 _poll: Callable[[], Any] = get_original("select", "poll")
 _close: Callable[[int], None] = get_original("os", "close")
 _epoll: Any = get_original("select", "epoll") if LINUX else None
 
 
 class CallersPipe(Stream):
-    """One end of a pipe that is the caller's own, never one of the pool's."""
+    """One end of a pipe of the caller's, never of a pipe of the pool."""
 
     __slots__ = ()
 
     def fileno(self) -> int:
-        """Return the descriptor. Raises what the object does when the file has been closed."""
+        """Return the descriptor. Raises the object's own error if the file has been closed."""
         check_open(self)
         return self.raw.fileno()  # type: ignore[no-any-return]
 
-    def may_be_read(self, answered: int) -> bool:
-        """Say whether reading may go on after that error: it says what is wrong, if anything is."""
+    def can_read_after(self, minus_errno: int) -> bool:
+        """Return True: if anything is wrong, an ordinary read reports the error again."""
         return True
 
     def write_some(self, data: memoryview) -> int:
-        """Write part of *data*; say how much. Raises BlockingIOError when there is no room."""
+        """Write part of *data* without waiting; return how many bytes.
+
+        Raises BlockingIOError if there is no room. Lets out the errors of write(2), and ValueError
+        if the file has been closed.
+        """
         fd = self.fileno()
         if not isinstance(self.raw, io.FileIO):
             return os.write(fd, data)
-        # It is blocking: a write(2) of more than there is room for would have the hub wait.
+        # The pipe is blocking: a write(2) of more than there is room for would have the hub wait.
         if RWF_NOWAIT:
             try:
                 return os.pwritev(fd, (data,), -1, RWF_NOWAIT)
             except (BlockingIOError, BrokenPipeError):
                 raise
-            except OSError:  # before Linux 6.4, or a FIFO that has a name
+            except OSError:  # not supported: before Linux 6.4, or by a named FIFO
                 pass
         poll = _poll()
         poll.register(fd, select.POLLOUT)
@@ -59,13 +63,13 @@ class CallersPipe(Stream):
         return self._splice(fd, data) or os.write(fd, data[: select.PIPE_BUF])
 
     def _splice(self, fd: int, data: memoryview) -> int:
-        """Write part of *data* through a pipe of the pool, from which splice(2) never waits.
+        """Write part of *data* through a pipe of the pool, since splice(2) can be told not to wait.
 
-        Returns 0 where there is no such pipe, or splice(2) is refused. On entry the caller's pipe
-        has room for PIPE_BUF bytes: so much has a slot of its own (pipe(7)). Lets out
-        BlockingIOError if others have just filled that, and BrokenPipeError.
+        Returns how many bytes were written: 0 if the pool has no pipe, or splice(2) is refused. On
+        entry the caller's pipe has a free slot, room for PIPE_BUF bytes (pipe(7)). Lets out
+        BlockingIOError if others have filled it meanwhile, and BrokenPipeError.
         """
-        room = (fcntl(fd, F_GETPIPE_SZ) - self.holds()) & -select.PIPE_BUF
+        room = (fcntl(fd, F_GETPIPE_SZ) - self.available()) & -select.PIPE_BUF
         pipe = acquire()
         if pipe is None:
             return 0
@@ -80,27 +84,28 @@ class CallersPipe(Stream):
         except OSError:
             return 0
         finally:
-            release(pipe)  # which closes it if something is left
+            release(pipe)  # closes it if bytes are left inside
 
     def wait_read(self) -> None:
-        """Wait until the pipe has bytes, or has lost its last writer."""
+        """Wait until the pipe has bytes, or its last writer has closed it."""
         self._wait("_read_watcher", gsocket.wait_read)
 
     def wait_write(self) -> None:
-        """Wait until the pipe has room, or has lost its last reader."""
+        """Wait until the pipe has room, or its last reader has closed it."""
         self._wait("_write_watcher", gsocket.wait_write)
 
     def _wait(self, watcher: str, wait: Callable[[int], None]) -> None:
         fd = self.fileno()
         if not isinstance(self.raw, io.FileIO):
-            # gevent's own: waiting as its read() does lets a close wake us
+            # gevent's own file: wait with its watcher, as its read() does, so that a close wakes us
             gsocket.wait(getattr(self.raw, watcher), None, None, self.raw.hub)
             return
         try:
-            # Closed by another greenlet meanwhile, the first would never wake us, and libev aborts
-            # when it finds that out. A forked child keeps it for the same reason.
+            # Wait for a duplicate: if another greenlet closed the descriptor that we wait for,
+            # nothing would wake us, and libev aborts when it notices. A forked child keeps the
+            # duplicate open for the same reason.
             own = os.dup(fd)
-        except OSError:  # there are none left
+        except OSError:  # no descriptor is left
             own = fd
         try:
             if "libuv" in get_hub().loop.__class__.__module__:
@@ -113,9 +118,9 @@ class CallersPipe(Stream):
 
 
 def _wait_blocking(fd: int, watcher: str) -> None:
-    """Wait for *fd* and leave it blocking, for others that use it: libuv would not (uv_poll_init).
+    """Wait for *fd* under libuv, which would make it non-blocking for all its users (uv_poll_init).
 
-    An epoll instance is ready when one of what it watches is, and is itself what libuv gets.
+    So libuv gets an epoll instance that watches *fd*: it is readable when *fd* is ready.
     """
     events = select.POLLIN if watcher == "_read_watcher" else select.POLLOUT
     with _epoll(1) as epoll:

@@ -1,10 +1,10 @@
-"""What an object handed in really is, or why it is not for us.
+"""Which kind of end an object is, or why the original function has to take it.
 
-Only exact types are taken, because ``fileno()`` proves nothing: a ``GzipFile`` has one that leads
-to other bytes, a subclass may override ``read``, an instance may carry its own. An object is one
-or two layers of :mod:`io` (a buffer over a raw file), perhaps inside a wrapper that only delegates;
-each layer is checked. Nothing is imported to recognise a type: as long as nobody has imported the
-module that defines it, no object of it exists.
+Only exact types are taken, because ``fileno()`` proves nothing: that of a ``GzipFile`` leads to
+other bytes than its ``read``, a subclass may override ``read``, an instance may have its own. An
+object is one or two layers of :mod:`io` (a buffer over a raw file), perhaps inside a wrapper that
+only delegates; each layer is checked. Nothing is imported to recognise a type: until somebody
+imports the module that defines it, there is no object of that type.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ _RAW: Final = "raw"
 _RESPONSE: Final = "response"
 _INPUT: Final = "input"
 
-#: The types taken, as a buffer, a raw file, an HTTP response, the body of a request, or a wrapper
-#: (then: where it keeps what it wraps).
+#: The role of each type taken: a buffer, a raw file, an HTTP response, the body of a request; for a
+#: wrapper, the attribute in which it keeps what it wraps.
 _known: Final[dict[type, str]] = {
     io.BufferedReader: _BUFFER,
     io.BufferedWriter: _BUFFER,
@@ -52,7 +52,7 @@ _known: Final[dict[type, str]] = {
     SocketIO: _RAW,
 }
 
-#: The same for types that are looked up by name, when an object of that name comes along.
+#: The same by module and name, for types whose modules may not have been imported.
 _BY_NAME: Final = {
     ("gevent._fileobjectposix", "GreenFileDescriptorIO"): _RAW,
     ("gevent._fileobjectcommon", "FileIO"): _RAW,
@@ -67,10 +67,10 @@ _BY_NAME: Final = {
     **dict.fromkeys(INPUTS, _INPUT),
 }
 
-#: The roles that are no wrappers.
+#: The roles other than wrappers.
 _ENDS: Final = frozenset({_BUFFER, _RAW, _RESPONSE, _INPUT})
 
-#: Writers that send to the socket they keep there, without a buffer.
+#: Unbuffered writers to a socket, and the attribute in which they keep it.
 _WRITERS: Final = {("socketserver", "_SocketWriter"): "_sock"}
 
 _SOCKET_METHODS: Final = frozenset(
@@ -101,7 +101,7 @@ _FAMILIES: Final = frozenset({AF_INET, AF_INET6, AF_UNIX})
 
 
 class NotOurs(Exception):
-    """The original function's business; ``args[0]`` is the reason, as it is counted."""
+    """The original function has to take the object; ``args[0]`` is the reason, as it is counted."""
 
 
 def source(obj: Any) -> End:
@@ -138,23 +138,23 @@ def sink(obj: Any) -> End:
 
 
 def _check_sink(fd: int) -> None:
-    """Pass if nobody else is likely to write where this regular file stands.
+    """Raise NotOurs if others are likely to write at the same position of this regular file.
 
-    write(2) does so under a lock that copy_file_range(2) and splice(2) do not take.
+    write(2) locks the position for that, copy_file_range(2) and splice(2) do not.
     """
     if fd <= 2:  # child processes write to it as well
         raise NotOurs("standard_stream")
-    if hub_to_serve() is None and _get_ident() != MAIN_THREAD_IDENT:  # a thread among others
+    if hub_to_serve() is None and _get_ident() != MAIN_THREAD_IDENT:  # one of many threads
         raise NotOurs("other_hub")
     if fcntl(fd, F_GETFL) & os.O_APPEND:
         raise NotOurs("append")  # splice(2): EINVAL
 
 
-def different_files(src: End, dst: End) -> None:
-    """Pass if the ends are no files, or two that the kernel can copy from one to the other.
+def check_different_files(src: End, dst: End) -> None:
+    """Raise NotOurs if the ends are files that can't be copied here.
 
-    Raises NotOurs for the same file, which both objects buffer, and for files of two filesystems
-    where there is no hub: the pipe between them would bring one.
+    That is one file twice, since both objects may have buffered it; and files of two filesystems
+    if there is no hub, since the pipe between them would make one.
     """
     if not (isinstance(src, File) and isinstance(dst, File)):
         return
@@ -165,7 +165,7 @@ def different_files(src: End, dst: End) -> None:
 
 
 def regular_file(obj: Any) -> File:
-    """Return *obj* as a regular file to read from. Raises NotOurs."""
+    """Return the end that *obj* reads from, a regular file. Raises NotOurs if it is none."""
     end = source(obj)
     if type(end) is not File:
         raise NotOurs("source_type")
@@ -173,7 +173,7 @@ def regular_file(obj: Any) -> File:
 
 
 def stream_socket(sock: Any) -> Socket:
-    """Return *sock*, the socket object itself, as an end. Raises NotOurs."""
+    """Return the end of *sock*, a socket object. Raises NotOurs."""
     _check_socket(sock)
     return Socket(None, None, sock)
 
@@ -194,20 +194,23 @@ def _response(obj: Any) -> Body:
 def _request(obj: Any) -> Body:
     """Return the body of a request, of which *obj* is the ``wsgi.input``. Raises NotOurs."""
     kind = INPUTS[type(obj).__module__, type(obj).__name__]
-    behind = kind.behind(obj)
+    behind = kind.inner_of(obj)
     if behind is None:
         raise NotOurs("body")
     end = stream_socket(behind) if kind is GunicornBody else source(behind)
-    if not isinstance(end, kind.around):
+    if not isinstance(end, kind.inner_type):
         raise NotOurs("source_type")
     body = kind(end, obj)
-    if body.left() <= SMALL_BODY:
+    if body.remaining() <= SMALL_BODY:
         raise NotOurs("small")
     return body
 
 
 def _layers(obj: Any, role: str | None, reason: str) -> tuple[Any, Any]:
-    """Return the buffer (or the raw file, if it has none) and the raw file that *obj* is."""
+    """Return the buffer of *obj* and the raw file under it; without a buffer, the raw file twice.
+
+    Raises NotOurs.
+    """
     while role is not None and role not in _ENDS:
         obj = _unwrap(obj, role, reason)
         role = _role(type(obj))
@@ -247,7 +250,7 @@ def _unwrap(obj: Any, attribute: str, reason: str) -> Any:
 
 
 def _is_tempfile_closure(cls: Any, method: Any, behind: Any) -> bool:
-    """Say whether *method* is the closure that tempfile's wrapper keeps around *behind*."""
+    """Return whether *method* is the closure that tempfile's wrapper keeps around *behind*."""
     return (
         cls.__module__ == "tempfile"
         and getattr(method, "__code__", None) in cls.__getattr__.__code__.co_consts
@@ -262,11 +265,11 @@ def _endpoint(buffer: Any, raw: Any, reason: str) -> End:
     try:
         status = os.fstat(raw.fileno())
     except OSError:
-        raise NotOurs("closed") from None  # behind the object's back
+        raise NotOurs("closed") from None  # by os.close(), unknown to the object
     if stat.S_ISREG(status.st_mode):
         try:
             os.lseek(raw.fileno(), 0, os.SEEK_CUR)
-        except OSError:  # one of the kernel's own that is read like a pipe
+        except OSError:  # a file of the kernel's that is read like a pipe
             raise NotOurs(reason) from None
         return File(buffer, raw, status)
     if not stat.S_ISFIFO(status.st_mode):
@@ -275,12 +278,12 @@ def _endpoint(buffer: Any, raw: Any, reason: str) -> End:
     if hub is None or getattr(raw, "hub", hub) is not hub:
         raise NotOurs("other_hub")
     if isinstance(raw, io.FileIO) and fcntl(raw.fileno(), F_GETFL) & os.O_NONBLOCK:
-        raise NotOurs("nonblocking")  # its read() answers None where a pipe is waited for
+        raise NotOurs("nonblocking")  # its read() returns None where we would wait
     return CallersPipe(buffer, raw)
 
 
 def _check_socket(sock: Any) -> None:
-    """Pass if *sock* is a plain gevent stream socket that this greenlet can wait for."""
+    """Raise NotOurs unless *sock* is a plain gevent stream socket that we can wait for."""
     if not LINUX or (type(sock) is not GeventSocket and not _changes_nothing(sock)):
         raise NotOurs("socket_type")
     native = sock._sock
@@ -294,11 +297,11 @@ def _check_socket(sock: Any) -> None:
     if sock.hub is not hub_to_serve():
         raise NotOurs("other_hub")
     if not fcntl(fileno, F_GETFL) & os.O_NONBLOCK:
-        raise NotOurs("blocking")  # it would block in spite of SPLICE_F_NONBLOCK
+        raise NotOurs("blocking")  # splice(2) would block in spite of SPLICE_F_NONBLOCK
 
 
 def _changes_nothing(sock: Any) -> bool:
-    """Say whether *sock* is of a subclass of gevent's socket that sends and receives like it."""
+    """Return whether *sock* is of a subclass of gevent's socket that sends and receives like it."""
     mro = type(sock).__mro__
     if GeventSocket not in mro or not _SOCKET_METHODS.isdisjoint(getattr(sock, "__dict__", ())):
         return False

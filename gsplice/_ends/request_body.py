@@ -1,7 +1,7 @@
 """The body of a request as an end: the ``wsgi.input`` of gevent.pywsgi and of gunicorn.
 
-Also inside the stream that werkzeug, and so Flask, puts around it. Bodies that are chunked, or as
-long as the connection, are left to the original functions.
+Also inside the stream that werkzeug, and so Flask, puts around it. Bodies without a known length
+(chunked, or up to the end of the connection) are left to the original functions.
 """
 
 from __future__ import annotations
@@ -13,101 +13,106 @@ from typing import Any, Final, NoReturn
 
 from .._os.results import error
 from .body import Body
-from .exact_type import reads_as_written
+from .exact_type import methods_unchanged
 from .socket import Socket
 
 
 class PywsgiBody(Body):
-    """What is left of a ``gevent.pywsgi.Input`` with a ``Content-Length``."""
+    """What remains of a ``gevent.pywsgi.Input`` with a ``Content-Length``."""
 
     __slots__ = ("_input",)
 
-    #: What the object has to read from.
-    around = Socket
+    #: The kind of end that the object must read from.
+    inner_type = Socket
 
     def __init__(self, end: Socket, obj: Any) -> None:
         super().__init__(end.obj, end.raw, end.sock)
         self._input = obj
 
     @staticmethod
-    def behind(obj: Any) -> Any | None:
-        """Return the file that *obj* reads from; None if it gives other bytes, or none."""
-        if not reads_as_written(obj, "read", "_do_read", "_send_100_continue"):
+    def inner_of(obj: Any) -> Any | None:
+        """Return the file that *obj* reads from; None if it changes the bytes."""
+        if not methods_unchanged(obj, "read", "_do_read", "_send_100_continue"):
             return None
         return None if obj.chunked_input or obj.content_length is None else obj.rfile
 
-    def left(self) -> int:
-        """Return how many bytes may be taken: what follows is the next request's."""
+    def remaining(self) -> int:
+        """Return how many bytes of the body remain: what follows is the next request."""
         return self._input.content_length - self._input.position  # type: ignore[no-any-return]
 
-    def took(self, number: int) -> None:
+    def note_taken(self, number: int) -> None:
         """Count as ``read()`` does."""
         self._input.position += number
 
-    def read_ahead(self, most: int | None) -> bytes:
-        """Have the client go on, if it waits for that; take what has been read ahead."""
+    def take_buffered(self, most: int | None) -> bytes:
+        """Send 100 Continue if the client waits for it; take at most *most* buffered bytes."""
         if most != 0:
             self._input._send_100_continue()
-        return super().read_ahead(most)
+        return super().take_buffered(most)
 
 
 class GunicornBody(Body):
-    """What is left of a ``gunicorn.http.body.Body`` of known length."""
+    """What remains of a ``gunicorn.http.body.Body`` of known length."""
 
     __slots__ = ("_body",)
 
-    #: What the object has to read from.
-    around = Socket
+    #: The kind of end that the object must read from.
+    inner_type = Socket
 
     def __init__(self, end: Socket, obj: Any) -> None:
         super().__init__(end.obj, end.raw, end.sock)
         self._body = obj
 
     @staticmethod
-    def behind(obj: Any) -> Any | None:
-        """Return the socket that *obj* reads from; None if it gives other bytes, or none."""
+    def inner_of(obj: Any) -> Any | None:
+        """Return the socket that *obj* reads from; None if it changes the bytes."""
         reader = obj.reader
-        if not reads_as_written(obj, "read") or not _is(reader, "http.body", "LengthReader"):
+        if not methods_unchanged(obj, "read") or not _is_gunicorn(
+            reader, "http.body", "LengthReader"
+        ):
             return None
         unreader = reader.unreader
-        return unreader.sock if _is(unreader, "http.unreader", "SocketUnreader") else None
+        return unreader.sock if _is_gunicorn(unreader, "http.unreader", "SocketUnreader") else None
 
-    def left(self) -> int:
-        """Return how many bytes may be taken: what follows is the next request's."""
+    def remaining(self) -> int:
+        """Return how many bytes of the body remain: what follows is the next request."""
         return self._body.reader.length  # type: ignore[no-any-return]
 
-    def took(self, number: int) -> None:
+    def note_taken(self, number: int) -> None:
         """Count as ``read()`` does."""
         self._body.reader.length -= number
 
-    def read_ahead(self, most: int | None) -> bytes:
-        """Take what two objects have read ahead, *most* bytes of it. Neither reads nor waits."""
+    def take_buffered(self, most: int | None) -> bytes:
+        """Take at most *most* bytes from the buffers of the body and of the connection's reader.
+
+        Neither reads the socket nor waits.
+        """
         body, unreader = self._body, self._body.reader.unreader
         held = body.buf.tell()
         data: bytes = body.read(held if most is None else min(held, most))
         if len(data) == held and unreader.buf.getbuffer():
             more = unreader.read()
-            number = min(len(more), self.left())
+            number = min(len(more), self.remaining())
             if most is not None:
                 number = min(number, most - held)
             unreader.unread(more[number:])
-            self.took(number)
+            self.note_taken(number)
             data += more[:number]
         return data
 
     def wait_read(self) -> None:
         """Wait as recv() would."""
-        with self._noting():
+        with self._marking_failure():
             super().wait_read()
 
-    def raise_own(self, answered: int) -> NoReturn:
-        """Raise *err*, which the descriptor has given to whoever read from it."""
-        with self._noting():
-            raise error(answered)
-        raise AssertionError  # it lets every error out
+    def raise_read_error(self, minus_errno: int) -> NoReturn:
+        """Raise that error, and have gunicorn close the connection."""
+        with self._marking_failure():
+            raise error(minus_errno)
+        raise AssertionError  # not reached: the context lets every error out
 
     @contextlib.contextmanager
-    def _noting(self) -> Iterator[None]:
+    def _marking_failure(self) -> Iterator[None]:
         """Have the connection closed after an error, as newer versions of gunicorn do."""
         try:
             yield
@@ -118,15 +123,15 @@ class GunicornBody(Body):
 
 
 class LimitedBody(Body):
-    """What is left of a ``werkzeug.wsgi.LimitedStream`` around one of the others.
+    """What remains of a ``werkzeug.wsgi.LimitedStream`` around one of the others.
 
-    It has an error of its own for a client that has gone.
+    It turns the errors of a client that has gone into its own.
     """
 
     __slots__ = ("_inner", "_stream")
 
-    #: What the object has to read from.
-    around: type[Socket] = Body
+    #: The kind of end that the object must read from.
+    inner_type: type[Socket] = Body
 
     def __init__(self, inner: Any, obj: Any) -> None:
         super().__init__(inner.obj, inner.raw, inner.sock)
@@ -134,40 +139,40 @@ class LimitedBody(Body):
         self._stream = obj
 
     @staticmethod
-    def behind(obj: Any) -> Any | None:
-        """Return what *obj* reads from; None if it does so in a way of its own."""
+    def inner_of(obj: Any) -> Any | None:
+        """Return what *obj* reads from; None if a method was replaced, or it is closed."""
         methods = ("read", "readinto", "on_exhausted", "on_disconnect")
-        plain = reads_as_written(obj, *methods) and not obj.closed
+        plain = methods_unchanged(obj, *methods) and not obj.closed
         return obj._stream if plain else None
 
-    def left(self) -> int:
-        """Return how many bytes may be taken."""
+    def remaining(self) -> int:
+        """Return how many bytes remain of the inner body, up to the stream's own limit."""
         own: int = self._stream.limit - self._stream._pos
-        return min(self._inner.left(), own)
+        return min(self._inner.remaining(), own)
 
-    def kept(self) -> int:
-        """Keep back what the inner body does."""
-        return self._inner.kept()
+    def withheld(self) -> int:
+        """Return what the inner body does."""
+        return self._inner.withheld()
 
-    def read_kept(self) -> bytes:
-        """Read that through both objects."""
+    def read_withheld(self) -> bytes:
+        """Read the last byte through both objects."""
         return self._stream.read(1)  # type: ignore[no-any-return]
 
-    def took(self, number: int) -> None:
+    def note_taken(self, number: int) -> None:
         """Count as ``read()`` does, in both objects."""
-        self._inner.took(number)
+        self._inner.note_taken(number)
         self._stream._pos += number
 
-    def read_ahead(self, most: int | None) -> bytes:
-        """Do what the inner body does; take what has been read ahead, *most* bytes of it."""
-        left = self.left()
+    def take_buffered(self, most: int | None) -> bytes:
+        """Take at most *most* buffered bytes of the inner body. Raises the stream's errors."""
+        remaining = self.remaining()
         with self._errors():
-            data = self._inner.read_ahead(left if most is None else min(left, most))
+            data = self._inner.take_buffered(remaining if most is None else min(remaining, most))
         self._stream._pos += len(data)
         return data
 
     def fileno(self) -> int:
-        """Return the descriptor, or raise, as the inner body does."""
+        """Return the inner body's descriptor. Raises the stream's errors."""
         with self._errors():
             return self._inner.fileno()
 
@@ -176,14 +181,14 @@ class LimitedBody(Body):
         with self._errors():
             self._inner.wait_read()
 
-    def raise_own(self, answered: int) -> NoReturn:
-        """Raise what the stream makes of *err*, an error of the socket."""
+    def raise_read_error(self, minus_errno: int) -> NoReturn:
+        """Raise the stream's error for that error of the socket."""
         with self._errors():
-            self._inner.raise_own(answered)
-        raise AssertionError  # it makes an error of every error
+            self._inner.raise_read_error(minus_errno)
+        raise AssertionError  # not reached: on_disconnect() always raises
 
     def leave_source(self) -> None:
-        """Do what the inner body does."""
+        """Do what the inner body does. Raises the stream's errors."""
         with self._errors():
             self._inner.leave_source()
 
@@ -193,10 +198,10 @@ class LimitedBody(Body):
             yield
         except (OSError, ValueError) as err:
             self._stream.on_disconnect(error=err)
-            raise AssertionError from err  # it always raises then
+            raise AssertionError from err  # not reached: on_disconnect() always raises
 
 
-#: The objects, by module and name, and the end that each of them is.
+#: The types of these objects, by module and name, and the class of the end for each.
 INPUTS: Final[dict[tuple[str, str], type[PywsgiBody | GunicornBody | LimitedBody]]] = {
     ("gevent.pywsgi", "Input"): PywsgiBody,
     ("gunicorn.http.body", "Body"): GunicornBody,
@@ -204,7 +209,7 @@ INPUTS: Final[dict[tuple[str, str], type[PywsgiBody | GunicornBody | LimitedBody
 }
 
 
-def _is(obj: Any, module: str, name: str) -> bool:
-    """Say whether *obj* is of that very type of gunicorn's, and reads as its class does."""
+def _is_gunicorn(obj: Any, module: str, name: str) -> bool:
+    """Return whether *obj* is of that very type of gunicorn's, and reads as its class does."""
     cls = getattr(sys.modules.get(f"gunicorn.{module}"), name, None)
-    return cls is not None and type(obj) is cls and reads_as_written(obj, "read", "chunk")
+    return cls is not None and type(obj) is cls and methods_unchanged(obj, "read", "chunk")

@@ -1,4 +1,4 @@
-"""The body of an HTTP response as an end: of :mod:`http.client`, and of urllib3 around one."""
+"""The body of an HTTP response as an end: of :mod:`http.client`, and of urllib3 around that."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from typing import Any, Final, NoReturn
 
 from .._os.results import error
 from .body import Body
-from .exact_type import reads_as_written
+from .exact_type import methods_unchanged
 from .socket import Socket
 
-#: How a response reads.
+#: The methods by which a response reads its body.
 _METHODS: Final = (
     "read",
     "_close_conn",
@@ -23,7 +23,7 @@ _METHODS: Final = (
 
 
 class ClientBody(Body):
-    """What is left of the body of an ``http.client.HTTPResponse``."""
+    """What remains of the body of an ``http.client.HTTPResponse``."""
 
     __slots__ = ("_response",)
 
@@ -31,41 +31,41 @@ class ClientBody(Body):
         super().__init__(end.obj, end.raw, end.sock)
         self._response = response
 
-    def left(self) -> int:
-        """Return how many bytes may be taken: what follows is the next response's."""
+    def remaining(self) -> int:
+        """Return how many bytes of the body remain: what follows is the next response."""
         length: int | None = self._response.length
         return sys.maxsize if length is None else length
 
-    def kept(self) -> int:
-        """Keep the last byte back: with it, read() reads ahead, and drops what is not the body's.
+    def withheld(self) -> int:
+        """Leave the last byte to read(): with it, read() fills its buffer and drops what follows.
 
-        A server may send CRLF after a body, which the next response must not begin with.
+        A server may send CRLF after a body, which must not become part of the next response.
         """
         return 0 if self._response.length is None else 1
 
-    def read_kept(self) -> bytes:
-        """Read the last byte, and let go of the connection."""
+    def read_withheld(self) -> bytes:
+        """Read the last byte, so that the response lets go of its connection."""
         return self._response.read(1)  # type: ignore[no-any-return]
 
-    def took(self, number: int) -> None:
-        """Count as ``read()`` does, which is before the bytes are written anywhere."""
+    def note_taken(self, number: int) -> None:
+        """Count as ``read()`` does: before the bytes are written anywhere."""
         if self._response.length is not None:
             self._response.length -= number
 
     def leave_source(self) -> None:
         """Have the response let go of its connection if its last byte has been taken.
 
-        That is when ``read()`` does it, whatever becomes of the byte.
+        ``read()`` does the same as soon as it has that byte, delivered or not.
         """
         if self._response.length == 0:
             self._response.read(0)
 
 
 class Urllib3Body(ClientBody):
-    """The same behind a ``urllib3.response.HTTPResponse``.
+    """The same inside a ``urllib3.response.HTTPResponse``.
 
-    It has errors of its own for those of the socket, and drops the connection on any, also when the
-    greenlet is killed while it waits for a byte; at the end the connection returns to its pool.
+    That turns the socket's errors into its own, and closes the connection after any, also after a
+    kill while waiting for a byte. At the end of the body the connection returns to its pool.
     """
 
     __slots__ = ("_outer",)
@@ -74,9 +74,9 @@ class Urllib3Body(ClientBody):
         super().__init__(end, outer._fp)
         self._outer = outer
 
-    def took(self, number: int) -> None:
+    def note_taken(self, number: int) -> None:
         """Count as ``read()`` does, in both responses."""
-        super().took(number)
+        super().note_taken(number)
         if number:
             if hasattr(self._outer, "_uncached_read_occurred"):  # not in urllib3 1
                 self._outer._uncached_read_occurred = True
@@ -84,25 +84,25 @@ class Urllib3Body(ClientBody):
             if self._outer.length_remaining is not None:
                 self._outer.length_remaining -= number
 
-    def read_kept(self) -> bytes:
-        """Read the last byte, and have both responses let go of the connection."""
+    def read_withheld(self) -> bytes:
+        """Read the last byte, so that both responses let go of the connection."""
         return self._outer.read(1)  # type: ignore[no-any-return]
 
     def fileno(self) -> int:
-        """Return the descriptor, or raise, as :class:`Socket` does."""
+        """Return the descriptor, as :class:`Socket` does. Raises urllib3's errors."""
         with self._outer._error_catcher():
             return super().fileno()
 
     def wait_read(self) -> None:
-        """Wait as recv() would. Lets out urllib3's errors, and what ends the greenlet."""
+        """Wait as recv() would. Lets out urllib3's errors, and what is thrown into the greenlet."""
         with self._outer._error_catcher():
             super().wait_read()
 
-    def raise_own(self, answered: int) -> NoReturn:
-        """Raise what urllib3 makes of *err*, an error of the socket."""
+    def raise_read_error(self, minus_errno: int) -> NoReturn:
+        """Raise urllib3's error for that error of the socket."""
         with self._outer._error_catcher():
-            raise error(answered)
-        raise AssertionError  # the catcher lets every error out
+            raise error(minus_errno)
+        raise AssertionError  # not reached: the catcher lets every error out
 
     def leave_source(self) -> None:
         """Have both responses let go of the connection if the last byte has been taken."""
@@ -112,11 +112,11 @@ class Urllib3Body(ClientBody):
 
 
 def response_behind(obj: Any) -> Any | None:
-    """Return the ``http.client.HTTPResponse`` of which *obj*, a response, gives the bytes as sent.
+    """Return the ``http.client.HTTPResponse`` whose bytes *obj*, a response, returns unchanged.
 
-    None: it gives others (chunks, decoded ones), none at all, or reads in a way of its own.
+    None: it decodes them, or the body is chunked or at its end, or a method was replaced.
     """
-    if not reads_as_written(obj, *_METHODS):
+    if not methods_unchanged(obj, *_METHODS):
         return None
     client = sys.modules.get("http.client")
     if type(obj) is not getattr(client, "HTTPResponse", None):
@@ -136,7 +136,7 @@ def body_of(obj: Any, response: Any, end: Socket) -> ClientBody:
 
 
 def _is_plain(outer: Any) -> bool:
-    """Say whether this response of urllib3 has decoded nothing, and will not."""
+    """Return whether this response of urllib3 has decoded nothing and will decode nothing."""
     if outer.decode_content and (outer._decoder or "content-encoding" in outer.headers):
         return False
     decoded = getattr(outer, "_decoded_buffer", ())  # urllib3 1 has neither

@@ -15,7 +15,7 @@ _SIOCATMARK: Final = 0x8905
 
 
 class Socket(Stream):
-    """A connected stream socket: bare, or behind the raw file that ``makefile()`` made for it."""
+    """A connected stream socket: bare, or under the file that its ``makefile()`` returned."""
 
     __slots__ = ("sock",)
 
@@ -24,31 +24,31 @@ class Socket(Stream):
         self.sock = sock
 
     def fileno(self) -> int:
-        """Return the descriptor; -1 if the socket was closed, and the system call says EBADF.
+        """Return the descriptor; -1 if the socket was closed, so that system calls fail with EBADF.
 
-        Raises what the socket's file does when that was closed.
+        Raises ValueError if the socket's file was closed.
         """
         if self.raw is not None:
             check_open(self)
         return self.sock.fileno()  # type: ignore[no-any-return]
 
     def write_some(self, data: memoryview) -> int:
-        """Send part of *data*; say how much. Raises BlockingIOError when there is no room.
+        """Send part of *data*; return how many bytes. Raises BlockingIOError when there is no room.
 
-        Raises as :meth:`fileno` does when the socket's file was closed.
+        Lets out the errors of send(2), and ValueError if the socket's file was closed.
         """
-        self.fileno()  # the socket's file may have been closed since
+        self.fileno()  # raises if the socket's file was closed meanwhile
         return self.sock._sock.send(data)  # type: ignore[no-any-return]
 
     def receive(self, most: int) -> bytes | int:
-        """Receive what is there, without waiting; or return minus errno."""
+        """Receive at most *most* bytes without waiting; or return minus the errno."""
         return answer(self.sock._sock.recv, most)  # type: ignore[no-any-return]
 
     def at_urgent_mark(self) -> bool:
-        """Say whether the next byte is at TCP's urgent mark (tcp(7), SIOCATMARK)."""
+        """Return whether the next byte is at TCP's urgent mark (tcp(7), SIOCATMARK)."""
         try:
             mark = ioctl(self.fileno(), _SIOCATMARK, bytes(4))
-        except OSError:  # a Unix socket without urgent data
+        except OSError:  # a Unix socket has no urgent data
             return False
         return mark != bytes(4)
 
@@ -58,7 +58,9 @@ class Socket(Stream):
             self._wait("_read_event")
         except TimeoutError:
             if self.raw is not None:
-                self.raw._timeout_occurred = True  # as SocketIO.readinto does: no further reads
+                self.raw._timeout_occurred = (
+                    True  # as SocketIO.readinto() does, to refuse later reads
+                )
             raise
 
     def wait_write(self) -> None:
@@ -66,8 +68,8 @@ class Socket(Stream):
         self._wait("_write_event")
 
     def _wait(self, name: str) -> None:
-        """Wait for the watcher of that *name*. A closed socket is an error as it is to a call."""
-        Socket.fileno(self)  # raises ValueError: it may have been closed since the last call
+        """Wait for the watcher of that *name*; OSError (EBADF) if the socket was closed."""
+        Socket.fileno(self)  # raises ValueError if the socket's file was closed meanwhile
         watcher = getattr(self.sock, name)
         if watcher is None:
             raise OSError(errno.EBADF, os.strerror(errno.EBADF))

@@ -1,4 +1,4 @@
-"""What a socket and a pipe have in common: bytes come once, and there is no position to keep."""
+"""What a socket and a pipe have in common: bytes come only once, and there is no position."""
 
 from __future__ import annotations
 
@@ -9,71 +9,71 @@ from typing import Any, ClassVar, NoReturn
 from gevent.monkey import get_original
 
 from .._os.linux import FIONREAD, ioctl
-from .._os.results import error, recv_may_go_on, send_may_go_on
+from .._os.results import can_recv_after, can_send_after, error
 
 _get_ident: Callable[[], int] = get_original("_thread", "get_ident")
 
 
 class Stream:
-    """What a socket and a pipe have in common: there is no position to keep."""
+    """A socket or a pipe, as the source or the destination of a transfer."""
 
     __slots__ = ("is_sink", "obj", "raw")
 
-    #: Whether only a read of the object's own, after all has been moved, finds its end.
-    must_read_on: ClassVar[bool] = False
+    #: Whether the caller has to call the object's own read() after the transfer, to end it.
+    needs_final_read: ClassVar[bool] = False
 
-    #: Bytes that were taken exist nowhere else.
+    #: Whether bytes that were taken and not delivered can be read again.
     rereadable: ClassVar[bool] = False
 
     def __init__(self, obj: Any, raw: Any) -> None:
         self.obj = obj
         self.raw = raw
-        #: Whether it is written, not read: closed files have words for each.
+        #: Whether it is the destination: a closed file's error depends on that.
         self.is_sink = False
 
     def fileno(self) -> int:
-        """Return the descriptor, as it is now."""
+        """Return the descriptor. Raises the object's own error if it has been closed."""
         raise NotImplementedError
 
-    def left(self) -> int:
-        """Return how many bytes may be taken: all that come."""
+    def remaining(self) -> int:
+        """Return how many bytes of the stream belong to the object: all that come."""
         return sys.maxsize
 
-    def kept(self) -> int:
-        """Return how many of the last bytes only the object's own read() may take."""
+    def withheld(self) -> int:
+        """Return how many bytes at its end are left to the object's own read()."""
         return 0
 
-    def read_kept(self) -> bytes:
-        """Have the object read these: nothing else is left. Lets out what its read() raises."""
+    def read_withheld(self) -> bytes:
+        """Have the object read these, when no others remain. Lets out what its read() raises."""
         return b""
 
-    def holds(self) -> int:
-        """Return how many bytes there are to read (pipe(7), tcp(7), unix(7): FIONREAD)."""
+    def available(self) -> int:
+        """Return how many bytes can be read now (pipe(7), tcp(7), unix(7): FIONREAD)."""
         return int.from_bytes(ioctl(self.fileno(), FIONREAD, bytes(4)), sys.byteorder)
 
-    def took(self, number: int) -> None:
-        """Note that *number* bytes have been taken from the descriptor, not yet delivered.
+    def note_taken(self, number: int) -> None:
+        """Subtract *number* bytes, taken from the descriptor, from those that remain.
 
-        Below 0: that so many have not been taken after all.
+        Below 0: so many were not taken after all.
         """
 
     def advance(self, number: int) -> None:
         """Do nothing: delivered bytes move no position."""
 
-    def may_be_read(self, answered: int) -> bool:
-        """Say whether reading the ordinary way may go on after that error of splice(2)."""
-        return recv_may_go_on(answered)
+    def can_read_after(self, minus_errno: int) -> bool:
+        """Return whether an ordinary read may be tried after that error of splice(2)."""
+        return can_recv_after(minus_errno)
 
-    def may_be_written(self, answered: int) -> bool:
-        """Say whether writing the ordinary way may go on after that error of splice(2)."""
-        return send_may_go_on(answered)
+    def can_write_after(self, minus_errno: int) -> bool:
+        """Return whether an ordinary write may be tried after that error of splice(2)."""
+        return can_send_after(minus_errno)
 
-    def raise_own(self, answered: int) -> NoReturn:
-        """Raise what reading the object would for an error of the descriptor, minus its errno."""
-        raise error(answered)
+    def raise_read_error(self, minus_errno: int) -> NoReturn:
+        """Raise the error that the object's own read() would, for that error of the descriptor."""
+        raise error(minus_errno)
 
-    def read_ahead(self, most: int | None) -> bytes:
-        """Take what the object has read ahead, *most* bytes of it. Neither reads nor waits."""
+    def take_buffered(self, most: int | None) -> bytes:
+        """Take at most *most* bytes from the object's read buffer. Neither reads nor waits."""
         if self.obj is self.raw:
             return b""
         # peek() on an empty buffer calls readinto(), which waits. There is no other way to see the
@@ -81,7 +81,7 @@ class Stream:
         read, ours = self.raw.readinto, _get_ident()
 
         def nothing_yet(buffer: Any) -> Any:
-            # Answers as a raw file that is non-blocking and has nothing to read.
+            # None: what a non-blocking raw file returns when it has nothing to read.
             return None if _get_ident() == ours else read(buffer)
 
         self.raw.readinto = nothing_yet

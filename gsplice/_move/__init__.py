@@ -1,1 +1,1 @@
-"""How bytes move: the door, the two steps through a pipe, and the account of a transfer."""
+"""How bytes move: the entrance, the two steps through a pipe, and the account of a transfer."""

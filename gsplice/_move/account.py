@@ -1,4 +1,4 @@
-"""The account of a transfer: how much is delivered, how much may still be, and whose it is."""
+"""The account of a transfer: how much is delivered, its limit, and the process it began in."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from .._os.fork import forked_error
 from .._os.hub import hub_to_serve, let_the_loop_turn
 from ..config import MiB
 
-#: Most bytes that move between two chances for other greenlets. At the 5 GB/s seen on loopback this
-#: takes 0.4 ms; giving way costs 2.4 us, under libuv 20.
+#: Bytes to move before other greenlets may run. At the 5 GB/s seen on loopback this takes 0.4 ms;
+#: giving way costs 2.4 us, under libuv 20.
 PIECE: Final = 2 * MiB
 
 
 class Account:
-    """How many bytes have been delivered, how many may be, and in which process it began."""
+    """Counts the bytes that a transfer has delivered, and lets other greenlets run in between."""
 
     __slots__ = ("_process", "_since_turn", "delivered", "limit")
 
@@ -29,12 +29,12 @@ class Account:
         self._since_turn = 0
         self._process = os.getpid()
 
-    def room(self, most: int) -> int:
-        """Return how many bytes may be asked for next, *most* at the most; 0 at the limit."""
+    def within_limit(self, most: int) -> int:
+        """Return *most*, or how many bytes are left to the limit if that is less."""
         return most if self.limit is None else min(most, self.limit - self.delivered)
 
-    def moved(self, number: int, counter: str) -> None:
-        """Note that *number* bytes have been delivered, and count them under *counter*."""
+    def count_delivered(self, number: int, counter: str) -> None:
+        """Add *number* to the bytes delivered, and to the statistics under *counter*."""
         if self.delivered:
             counters.add(counter, number)
         else:
@@ -42,23 +42,29 @@ class Account:
         self.delivered += number
         self._since_turn += number
 
-    def passed(self, number: int) -> None:
-        """Note that somebody else's methods have delivered *number* bytes, which are not counted.
+    def count_elsewhere(self, number: int) -> None:
+        """Add *number* bytes delivered by the objects' own methods: not to the statistics.
 
-        Lets other greenlets run, as :meth:`give_way` does.
+        Then lets other greenlets run, as :meth:`give_way` does, and lets out what that does.
         """
         self.delivered += number
         self._since_turn += number
         self.give_way()
 
     def wait(self, wait: Callable[[], None]) -> None:
-        """Wait for an end to be ready. Lets out what the end's own wait raises."""
+        """Call *wait*, which waits for an end to be ready.
+
+        Lets out what that raises, and OSError (ECANCELED) in a forked child.
+        """
         self._since_turn = 0
         wait()
         self.check_process()
 
     def give_way(self) -> None:
-        """Let other greenlets run when PIECE bytes have moved since they last could."""
+        """Let other greenlets run if PIECE bytes have moved since they last could.
+
+        Lets out what is thrown into the greenlet, and OSError (ECANCELED) in a forked child.
+        """
         if self._since_turn >= PIECE:
             self._since_turn = 0
             hub = hub_to_serve()
@@ -66,15 +72,15 @@ class Account:
                 let_the_loop_turn(hub)
                 self.check_process()
 
-    def is_ours(self) -> bool:
-        """Say whether this process began the transfer.
+    def began_here(self) -> bool:
+        """Return whether this is the process in which the transfer began.
 
-        The pids are compared each time. A flag that a handler sets after a fork would be too late:
-        a handler that runs before it may switch to this greenlet.
+        Compares pids each time instead of setting a flag after a fork: an earlier after-fork
+        handler could resume this greenlet before ours has set the flag.
         """
         return os.getpid() == self._process
 
     def check_process(self) -> None:
-        """Raise in a forked child: the transfer, its descriptors and its peer are the parent's."""
-        if not self.is_ours():
+        """Raise OSError (ECANCELED) in a forked child: the transfer is the parent's."""
+        if not self.began_here():
             raise forked_error()

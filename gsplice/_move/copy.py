@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from .._counters import counters
-from .._ends.recognise import NotOurs, different_files, sink, source, stream_socket
+from .._ends.recognise import NotOurs, check_different_files, sink, source, stream_socket
 from .account import Account
 from .memory import READ_SIZE
 from .move import move
@@ -38,7 +38,7 @@ def copy(src: Any, dst: Any, count: int | None = None) -> int:
     try:
         one = stream_socket(src) if _is_socket(src) else source(src)
         other = stream_socket(dst) if _is_socket(dst) else sink(dst)
-        different_files(one, other)
+        check_different_files(one, other)
     except NotOurs as reason:
         counters.fell_back(reason.args[0])
     else:
@@ -47,14 +47,14 @@ def copy(src: Any, dst: Any, count: int | None = None) -> int:
             return transfer.delivered
         delivered = transfer.delivered
     account = Account(count, delivered)
-    while (asked := account.room(READ_SIZE)) > 0 and (data := read(asked)) != b"":
+    while (asked := account.within_limit(READ_SIZE)) > 0 and (data := read(asked)) != b"":
         if data is None:
             raise BlockingIOError(errno.EAGAIN, "src is non-blocking and has no bytes now")
         if _is_socket(dst):
             write(data)
         else:
             _write_all(write, data)
-        account.passed(len(data))
+        account.count_elsewhere(len(data))
     flush = getattr(dst, "flush", None)
     if flush is not None:
         flush()

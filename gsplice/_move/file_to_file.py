@@ -9,24 +9,24 @@ from .._os.hub import hub_to_serve
 from .._pool.lending import acquire, release
 from .._pool.pipe import UNKNOWN, Pipe
 from .account import PIECE
-from .to_disk import into_file
+from .to_disk import write_on_thread
 from .transfer import Transfer
 
 
 def file_to_file(transfer: Transfer) -> str | None:
-    """Copy from the source's offset to where the destination stands.
+    """Copy from the source's offset to the destination's position.
 
-    On entry neither object has anything buffered. Ends as the loops of :mod:`gsplice._move.splice`
-    do, but any error of a system call ends the way, not the transfer: nothing is under way between
-    the calls, so reading and writing, which come last, meet the same error and raise it.
+    On entry neither object has anything buffered. Ends as :mod:`gsplice._move.splice` says of its
+    loops, except that no error of a system call is raised: nothing is lost between two calls, so
+    the next way is tried, and reading and writing, the last, meets the error again and raises it.
     """
     src = transfer.src
     ways = [("bytes_copy_file_range", _by_copy_file_range), ("bytes_spliced", _by_splice)]
     if hub_to_serve() is None:
-        del ways[1]  # the pipe would bring a hub
+        del ways[1]  # acquire() would make a hub
     if not hasattr(os, "copy_file_range"):  # where Python was built with glibc < 2.27
         del ways[0]
-    while (asked := transfer.room(min(PIECE, src.left()))) > 0:
+    while (asked := transfer.within_limit(min(PIECE, src.remaining()))) > 0:
         if not ways:
             return "refused"
         counter, way = ways[0]
@@ -36,18 +36,21 @@ def file_to_file(transfer: Transfer) -> str | None:
         elif copied == 0:
             break
         else:
-            transfer.moved(copied, counter)
+            transfer.count_delivered(copied, counter)
             transfer.give_way()
     return None
 
 
 def _by_copy_file_range(transfer: Transfer, asked: int) -> int:
     src = transfer.src
-    return into_file(transfer, asked, (src,), _copy_range, src.offset, asked)
+    return write_on_thread(transfer, asked, (src,), _copy_range, src.offset, asked)
 
 
 def _copy_range(src_fd: int, dst_fd: int, position: int, offset: int, asked: int) -> int:
-    """Copy *asked* bytes, or what there is; say how many. Runs on a thread."""
+    """Copy *asked* bytes, or up to the end; return how many. Runs on a thread.
+
+    Lets out OSError only if nothing was copied before it.
+    """
     copied = 0
     while copied < asked:
         try:
@@ -65,15 +68,18 @@ def _copy_range(src_fd: int, dst_fd: int, position: int, offset: int, asked: int
 
 
 def _by_splice(transfer: Transfer, asked: int) -> int:
-    """Copy through a pipe, which unlike sendfile(2) leaves the position of the file alone."""
+    """Copy through a pipe of the pool: unlike sendfile(2), splice(2) can write at an offset.
+
+    Returns how many bytes were copied, or a number below 0.
+    """
     pipe = acquire()
     if pipe is None:
         return -1
     src = transfer.src
     try:
         pipe.pending = UNKNOWN
-        return into_file(
-            transfer, asked, (src,), _splice_range, src.offset, asked, pipe, loans=(pipe,)
+        return write_on_thread(
+            transfer, asked, (src,), _splice_range, src.offset, asked, pipe, resources=(pipe,)
         )
     finally:
         release(pipe)
@@ -82,10 +88,10 @@ def _by_splice(transfer: Transfer, asked: int) -> int:
 def _splice_range(
     src_fd: int, dst_fd: int, position: int, offset: int, asked: int, pipe: Pipe
 ) -> int:
-    """Copy *asked* bytes through *pipe*, which is empty, or what there is; say how many.
+    """Copy *asked* bytes, or up to the end, through *pipe*, which is empty on entry.
 
-    On exit ``pipe.pending`` is what it holds: not 0 after an error that came too late to tell.
-    Runs on a thread.
+    Returns how many bytes were copied. On exit ``pipe.pending`` is what the pipe holds: not 0 if a
+    drain failed. Lets out OSError only if nothing was copied before it. Runs on a thread.
     """
     pending = copied = 0
     try:

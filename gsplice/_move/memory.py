@@ -1,4 +1,4 @@
-"""The ordinary ways to read and write, for what the kernel will not move."""
+"""Reading and writing through memory, for bytes that the kernel does not move."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .._os.results import answer, error
 from .._pool.pipe import Pipe
 from ..config import KiB
 from .account import PIECE
-from .to_disk import into_file
+from .to_disk import write_on_thread
 from .transfer import Transfer
 
 #: Most bytes read at once.
@@ -18,10 +18,10 @@ READ_SIZE: Final = 64 * KiB
 
 
 def through_memory(transfer: Transfer) -> None:
-    """Read the source, a file, and write what it gives, until it ends or the limit is reached.
+    """Read the source, a file, and write the bytes, until it ends or the limit is reached.
 
-    On entry the objects have nothing buffered. Lets out the errors of reading and writing; the
-    source's offset is then after the last byte delivered.
+    On entry neither object has anything buffered. On exit, also by an error, the source's offset is
+    after the last byte delivered. Lets out what :func:`read` and :func:`write` do.
     """
     buffer = memoryview(bytearray(READ_SIZE))
     while piece_through_memory(transfer, buffer):
@@ -29,8 +29,8 @@ def through_memory(transfer: Transfer) -> None:
 
 
 def piece_through_memory(transfer: Transfer, buffer: memoryview | None = None) -> bool:
-    """Do one piece of :func:`through_memory`; return False at the end of the file or the limit."""
-    asked = transfer.room(READ_SIZE)
+    """Do one read and write of :func:`through_memory`; return False at the end or the limit."""
+    asked = transfer.within_limit(READ_SIZE)
     data = read(transfer, transfer.src.offset, asked, buffer) if asked > 0 else b""
     write(transfer, data)
     return bool(data)
@@ -39,11 +39,11 @@ def piece_through_memory(transfer: Transfer, buffer: memoryview | None = None) -
 def read(
     transfer: Transfer, offset: int, asked: int, buffer: memoryview | None = None
 ) -> bytes | memoryview:
-    """Read at most *asked* bytes of the source, a file, at *offset*; none: it ends there.
+    """Read at most *asked* bytes of the source, a file, at *offset*; no bytes: it ends there.
 
-    They may be part of *buffer*, which has room for as many.
-    A thread reads what may have to come from a disk. Lets out the errors of pread(2), and notes in
-    the transfer that there was one.
+    The result may be part of *buffer*, which must be that large. A thread reads what may have to
+    come from a disk. Lets out the errors of pread(2), after setting ``transfer.read_failed``, and
+    what :meth:`Transfer.on_thread` does.
     """
     src = transfer.src
     data = answer(src.cache.read, src.fileno(), offset, asked, buffer)
@@ -58,28 +58,31 @@ def read(
 def write(transfer: Transfer, data: bytes | memoryview) -> None:
     """Write all of *data*, read from the source, to the destination, which has nothing buffered.
 
-    Lets out the errors of the ordinary write(). What had not been written then is lost, unless the
-    source is a file, which is left to stand before it.
+    On exit it is delivered. Lets out the errors of the ordinary write, and what is thrown into the
+    greenlet while it waits. The rest of *data* is then lost, unless the source is a file: its
+    offset is before the rest.
     """
     dst = transfer.dst
     view = memoryview(data)
     while view:
         piece = view[:PIECE]
         try:
-            if isinstance(dst, File) and dst.write_waits(len(piece)):
+            if isinstance(dst, File) and dst.write_may_wait(len(piece)):
                 promised = None if transfer.src.rereadable else piece.__len__
-                written = into_file(transfer, len(piece), (), _write_at, piece, promised=promised)
+                written = write_on_thread(
+                    transfer, len(piece), (), _write_at, piece, promised=promised
+                )
                 if written < 0:
                     raise error(written)
             else:
                 written = dst.write_some(piece)
         except BlockingIOError:
-            if isinstance(dst, File):  # there is nothing to wait for
+            if isinstance(dst, File):  # a file has no event to wait for
                 raise
             transfer.wait(dst.wait_write)
             continue
         view = view[written:]
-        transfer.moved(written, "bytes_copied")
+        transfer.count_delivered(written, "bytes_copied")
         transfer.give_way()
 
 
@@ -88,7 +91,10 @@ def _write_at(fd: int, position: int, data: memoryview) -> int:
 
 
 def write_out(transfer: Transfer, pipe: Pipe) -> None:
-    """Write all that *pipe* holds to the destination. Lets out what :func:`write` does."""
+    """Read *pipe* out and write the bytes to the destination. Lets out what :func:`write` does.
+
+    On exit ``pipe.pending`` is what the pipe still holds: 0, unless by an error.
+    """
     while pipe.pending:
         data = os.read(pipe.read_fd, pipe.pending)
         pipe.pending -= len(data)

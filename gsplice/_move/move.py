@@ -1,4 +1,4 @@
-"""The door: every caller asks here for a transfer, and gets the same answer back."""
+"""The entrance: every patched name, and ``copy``, has its bytes moved by :func:`move`."""
 
 from __future__ import annotations
 
@@ -17,38 +17,41 @@ from .transfer import Transfer
 
 
 def move(transfer: Transfer) -> bool:
-    """Move bytes until the source ends or the limit; return False if the caller has to read on.
+    """Move bytes until the source ends or the limit is reached; False: the caller has to read on.
 
-    On entry neither object is used by anybody else, they are not the same file, and a file's offset
-    is where it is to be read. What the source has read ahead and the destination has not written
-    yet goes first. On exit both objects stand where the delivered bytes left them. Lets out the
-    errors of the two ends, and what is thrown into the greenlet while it waits.
+    On entry nobody else uses either object, they are not the same file, and the source's offset, if
+    it is a file, is where to read. Bytes that the objects have buffered go first. On exit, also by
+    an error, both objects' positions are after the bytes delivered. Returns False if a stream may
+    have more to give, or only its own read() can end it. Lets out the errors of the two ends, and
+    what is thrown into the greenlet while it waits.
     """
     src, dst = transfer.src, transfer.dst
     is_file = isinstance(src, File)
     is_small = is_file and src.is_small(transfer.limit)
     try:
-        ahead = src.read_ahead(transfer.limit)
+        buffered = src.take_buffered(transfer.limit)
         dst.flush()
-        write(transfer, ahead)
+        write(transfer, buffered)
         reason = None if is_small else move_inside_kernel(transfer)
         if reason is not None:
             counters.fell_back(reason)
         if is_file:
-            through_memory(transfer)  # what no other way has moved, or was added since
-        elif reason is None and transfer.room(1) and 0 < src.kept() == src.left():
-            transfer.wait(src.wait_read)  # here, not in read_kept(): nothing is read in a fork
-            write(transfer, src.read_kept())
+            through_memory(transfer)  # what the kernel did not move, and what was appended since
+        elif reason is None and transfer.within_limit(1) and 0 < src.withheld() == src.remaining():
+            transfer.wait(
+                src.wait_read
+            )  # or read_withheld() would wait, and read in a forked child, too
+            write(transfer, src.read_withheld())
     finally:
         transfer.leave()
-    return is_file or (reason is None and not src.must_read_on)
+    return is_file or (reason is None and not src.needs_final_read)
 
 
 def move_inside_kernel(transfer: Transfer) -> str | None:
-    """Do what :func:`move` does by the one way that suits the two ends, if the kernel will.
+    """Run the loop that suits the two ends; return None, or the reason why bytes may be left.
 
-    On entry neither object has anything buffered. Ends as the loops of :mod:`gsplice._move.splice`
-    do, with the reason if there is no way, or if it leads no further.
+    On entry neither object has anything buffered. Ends as :mod:`gsplice._move.splice` says of its
+    loops; also returns a reason where no loop suits.
     """
     src, dst = transfer.src, transfer.dst
     if not isinstance(src, File):
@@ -56,7 +59,7 @@ def move_inside_kernel(transfer: Transfer) -> str | None:
             return with_callers_pipe(transfer)
         return stream_through_pool(transfer)
     if isinstance(dst, CallersPipe):
-        # The pages would wait in the pipe by reference, changing with the file, perhaps for ever.
+        # The pipe would hold the file's pages, not a copy: the reader would see later changes.
         return "file_to_pipe"
     if isinstance(dst, File):
         return file_to_file(transfer)

@@ -2,16 +2,17 @@
 
 A transfer is a loop of the two steps through a pipe that is empty whenever the loop begins, so
 EAGAIN means one thing at each of them: the source has nothing, or the destination takes nothing.
-What the destination does not take depends on the source alone. The bytes of a stream exist nowhere
-else, so they stay in the pipe until they are taken. Those of a file can be read again, so they are
-given up, and no pipe is held while a slow reader is waited for.
+What happens to bytes that the destination does not take depends only on the source. Those of a
+stream exist nowhere else, so they stay in the pipe until the destination takes them. Those of a
+file can be read again, so they are discarded, and a transfer to a slow reader holds no pipe while
+it waits.
 
-Each loop ends in one of three ways. It returns None: the source has ended, or the limit is reached.
-It returns a reason: this way leads no further; everything taken in has been delivered, and the
-caller goes on another way. It raises: the ends' own errors (OSError, TimeoutError, ValueError for a
-file closed under way), and whatever is thrown into a greenlet that waits (GreenletExit,
-gevent.Timeout). In every case ``transfer.delivered`` says how many bytes have arrived, and no pipe
-is lent any more, unless a thread is still at work on it.
+On entry to each loop neither object has anything buffered. It ends in one of three ways. It returns
+None: the source has ended, or the limit is reached. It returns a reason: the kernel will move no
+more in this way; all bytes taken are delivered, and the caller goes on in another. It raises: the
+ends' own errors (OSError, TimeoutError, ValueError for a file closed under way), or what is thrown
+into the waiting greenlet (GreenletExit, gevent.Timeout). In every case ``transfer.delivered`` says
+how many bytes were delivered, and the pool has its pipe back, unless a thread still works on it.
 """
 
 from __future__ import annotations
@@ -30,40 +31,40 @@ from .._pool.pipe import UNKNOWN, Pipe
 from ..config import KiB, MiB
 from .account import PIECE
 from .memory import READ_SIZE, piece_through_memory, write, write_out
-from .to_disk import drain_to_disk, into_file
+from .to_disk import drain_to_disk, write_on_thread
 from .transfer import Transfer
 
-#: Most bytes of a file that a thread puts into a pipe at once, while as many more are read ahead.
-#: More makes the first byte, and whoever queues for the thread, wait longer.
+#: Most bytes of a file that a thread puts into a pipe at once; as many more are read ahead. If this
+#: were more, the first byte and the next job for the thread would wait longer.
 COLD_PIECE: Final = 1 * MiB
 
-#: A fill from a file asks for twice what the socket took of the last one, and at least for this.
-#: What the socket does not take has been put into the pipe in vain.
+#: A fill from a file asks for twice what the socket took of the last one, but at least for this:
+#: bytes that the socket does not take are spliced in vain.
 LEAST_FILL: Final = 64 * KiB
 
-#: If a splice took fewer bytes than this from a socket, that is probably empty: wait for it. A
-#: second splice(2) that fails costs as much as a switch to the hub and back.
+#: If a splice moved fewer bytes than this, the socket is probably empty: wait for it. A second,
+#: failing splice(2) costs as much as a switch to the hub and back.
 LULL: Final = 128 * KiB
 
 
 def file_to_socket(transfer: Transfer) -> str | None:
-    """Send a file through a pipe of the pool; what the socket does not take is given up.
+    """Send a file through a pipe of the pool; what the socket does not take is discarded.
 
-    Never asks for more than the file has: older kernels wait 200 ms for the rest. A file cut short
-    under way ends there.
+    Never asks for more than fstat(2) said the file has: older kernels wait 200 ms for the rest. A
+    file that was truncated meanwhile ends there. Returns and raises as the module says.
     """
     src, dst = transfer.src, transfer.dst
-    most = PIECE
-    while (asked := transfer.room(min(most, src.left()))) > 0:
+    next_fill = PIECE
+    while (asked := transfer.within_limit(min(next_fill, src.remaining()))) > 0:
         pipe = acquire()
         if pipe is None:
             return "no_pipe"
         try:
             filled = fill(transfer, pipe, asked)
-            drained = taken = 0
+            drained = accepted = 0
             while pipe.pending and drained >= 0:
                 drained = drain(transfer, pipe)
-                taken += max(0, drained)
+                accepted += max(0, drained)
             pipe.discard()
         finally:
             release(pipe)
@@ -71,12 +72,12 @@ def file_to_socket(transfer: Transfer) -> str | None:
             break
         if filled < 0:
             return "refused"
-        most = min(PIECE, max(LEAST_FILL, 2 * taken))
+        next_fill = min(PIECE, max(LEAST_FILL, 2 * accepted))
         if drained > 0:
             transfer.give_way()
         elif drained == NOT_NOW:
             transfer.wait(dst.wait_write)
-        elif dst.may_be_written(drained):
+        elif dst.can_write_after(drained):
             return "refused"
         else:
             raise error(drained)
@@ -84,23 +85,26 @@ def file_to_socket(transfer: Transfer) -> str | None:
 
 
 def file_to_socket_by_sendfile(transfer: Transfer) -> str | None:
-    """Send a file where the pool has no pipe to lend: sendfile(2) has one of its own."""
+    """Send a file when the pool has no pipe: sendfile(2) uses one of the kernel's.
+
+    What is not in the page cache is read and sent. Returns and raises as the module says.
+    """
     src, dst = transfer.src, transfer.dst
-    while (asked := transfer.room(min(PIECE, src.left()))) > 0:
-        ready = src.ready(asked)
-        if not ready:
+    while (asked := transfer.within_limit(min(PIECE, src.remaining()))) > 0:
+        cached = src.cached(asked)
+        if not cached:
             if not piece_through_memory(transfer):
                 break
             continue
-        sent = answer(os.sendfile, dst.fileno(), src.fileno(), src.offset, ready)
+        sent = answer(os.sendfile, dst.fileno(), src.fileno(), src.offset, cached)
         if sent == 0:
             break
         if sent == NOT_NOW:
             transfer.wait(dst.wait_write)
         elif sent > 0:
-            transfer.moved(sent, "bytes_sendfile")
+            transfer.count_delivered(sent, "bytes_sendfile")
             transfer.give_way()
-        elif dst.may_be_written(sent):
+        elif dst.can_write_after(sent):
             return "refused"
         else:
             raise error(sent)
@@ -108,14 +112,15 @@ def file_to_socket_by_sendfile(transfer: Transfer) -> str | None:
 
 
 def stream_through_pool(transfer: Transfer) -> str | None:
-    """Splice a socket's bytes to anything through a pipe of the pool, which keeps what is in it.
+    """Splice from a socket through a pipe of the pool until all that was taken is delivered.
 
-    The pipe is lent only while it holds bytes: an idle transfer has none.
+    The transfer has the pipe only while there are bytes in it: none while it waits for the source.
+    Returns and raises as the module says; an error of the destination loses what is in the pipe.
     """
     src = transfer.src
-    waited = False
-    while (asked := transfer.room(min(PIECE, src.left() - src.kept()))) > 0:
-        if waited:
+    wait_first = False
+    while (asked := transfer.within_limit(min(PIECE, src.remaining() - src.withheld()))) > 0:
+        if wait_first:
             transfer.wait(src.wait_read)
         else:
             transfer.give_way()
@@ -129,50 +134,54 @@ def stream_through_pool(transfer: Transfer) -> str | None:
         finally:
             release(pipe)
         if filled > 0:
-            if not transfer.goes_on(filled):
+            if not transfer.keep_splicing(filled):
                 break
-            waited = filled < LULL
-        elif filled == 0 or (filled == NOT_NOW and waited):
+            wait_first = filled < LULL
+        elif filled == 0 or (filled == NOT_NOW and wait_first):
             if _has_ended(transfer, asked, filled):
                 break
-            waited = True
+            wait_first = True
         elif filled == NOT_NOW:
-            waited = True
-        elif src.may_be_read(filled):
+            wait_first = True
+        elif src.can_read_after(filled):
             return "refused"
         else:
-            src.raise_own(filled)
+            src.raise_read_error(filled)
     return None
 
 
 def fill(transfer: Transfer, pipe: Pipe, asked: int) -> int:
-    """Splice at most *asked* bytes of the source into *pipe*, which is empty on entry.
+    """Splice at most *asked* bytes of the source into *pipe*, which is empty on entry, once.
 
-    On exit ``pipe.pending`` is what it holds, and returned: 0 is the end of the source, and nothing
-    else is. Below 0 it is minus the errno (NOT_NOW: a stream has nothing now), and the pipe is
+    Returns how many bytes that was, which on exit is ``pipe.pending``; 0 always means that the
+    source has ended. Or returns minus the errno (NOT_NOW: a stream has nothing now), with the pipe
     still empty. What is not in the page cache is spliced on a thread. Lets out ValueError for a
-    file that has been closed, and what is thrown into a greenlet that waits for a thread.
+    file that has been closed, and what is thrown into a greenlet that waits for a thread; then
+    ``pending`` is UNKNOWN.
     """
     src = transfer.src
     fd = src.fileno()
-    pipe.pending = UNKNOWN  # until the call has told: an exception may come in between
+    pipe.pending = UNKNOWN  # an exception before the result is known must not look like empty
     if not isinstance(src, File):
         filled = answer(os.splice, fd, pipe.write_fd, asked, flags=SPLICE_FLAGS)
-    elif ready := src.ready(asked):
-        filled = answer(os.splice, fd, pipe.write_fd, ready, src.offset, flags=SPLICE_FLAGS)
+    elif cached := src.cached(asked):
+        filled = answer(os.splice, fd, pipe.write_fd, cached, src.offset, flags=SPLICE_FLAGS)
     else:
         asked = min(asked, COLD_PIECE)
-        ahead = min(transfer.room(src.left()) - asked, COLD_PIECE)
+        ahead = min(transfer.within_limit(src.remaining()) - asked, COLD_PIECE)
         filled = transfer.on_thread(
-            (src,), _fill_from_disk, pipe, src.offset, asked, ahead, loans=(pipe,)
+            (src,), _fill_from_disk, pipe, src.offset, asked, ahead, resources=(pipe,)
         )
     pipe.pending = max(0, filled)  # splice(2) answers with an error only if it moved nothing
-    src.took(pipe.pending)
+    src.note_taken(pipe.pending)
     return filled  # type: ignore[no-any-return]
 
 
 def _fill_from_disk(fd: int, pipe: Pipe, offset: int, asked: int, ahead: int) -> int:
-    """Splice from a file into *pipe*, and have *ahead* bytes more read. Runs on a thread."""
+    """Splice from a file into *pipe*; have the kernel read *ahead* bytes more. Runs on a thread.
+
+    Returns how many bytes went into the pipe. Lets out OSError.
+    """
     refuse_uncached(fd)
     filled = os.splice(fd, pipe.write_fd, asked, offset)
     if ahead > 0:
@@ -183,35 +192,36 @@ def _fill_from_disk(fd: int, pipe: Pipe, offset: int, asked: int, ahead: int) ->
 def drain(transfer: Transfer, pipe: Pipe) -> int:
     """Splice from *pipe*, which is not empty on entry, into the destination, once.
 
-    Returns how many bytes that was, or minus the errno (NOT_NOW: the destination takes nothing
-    now). On exit they are delivered and ``pipe.pending`` is what the pipe still holds. What may
-    have to wait for a disk goes by a thread. Lets out ValueError for a file that has been closed,
-    and what is thrown into a greenlet that waits for a thread.
+    Returns how many bytes were delivered, or minus the errno (NOT_NOW: the destination takes
+    nothing now), never 0. On exit ``pipe.pending`` is what the pipe still holds. If the write may
+    have to wait for a disk, a thread does it, and takes more of a socket (see drain_to_disk). Lets
+    out ValueError for a file that has been closed, and what is thrown into a greenlet that waits
+    for a thread.
     """
     dst = transfer.dst
-    if isinstance(dst, File) and dst.write_waits(pipe.pending):
+    if isinstance(dst, File) and dst.write_may_wait(pipe.pending):
         return drain_to_disk(transfer, pipe) or TOOK_NOTHING
     drained: int = answer(os.splice, pipe.read_fd, dst.fileno(), pipe.pending, flags=SPLICE_FLAGS)
     if drained > 0:
         pipe.pending -= drained
-        transfer.moved(drained, "bytes_spliced")
-    # Asked again, what takes 0 bytes of a pipe that holds some could say so for ever.
+        transfer.count_delivered(drained, "bytes_spliced")
+    # An error, not 0: the caller would try again, and could get 0 for ever.
     return drained or TOOK_NOTHING
 
 
 def drain_all(transfer: Transfer, pipe: Pipe) -> bool:
-    """Drain *pipe*, which holds bytes of a stream, or none, until it is empty and all delivered.
+    """Drain *pipe*, which may hold bytes of a stream, until it is empty and all are delivered.
 
-    False: the kernel does not splice into the destination (an append-only file, a filesystem
-    without splice); the bytes were written the ordinary way. Lets out the destination's errors: the
-    bytes that are still in the pipe, or in the ordinary write, are lost then.
+    Returns False if the kernel does not splice into the destination (an append-only file, a
+    filesystem without splice), so that the bytes were read out and written. Lets out the
+    destination's errors: the bytes still in the pipe, or in an unfinished write, are then lost.
     """
     while pipe.pending:
         drained = drain(transfer, pipe)
         if drained == NOT_NOW:
             transfer.wait(transfer.dst.wait_write)
         elif drained < 0:
-            if not transfer.dst.may_be_written(drained):
+            if not transfer.dst.can_write_after(drained):
                 raise error(drained)
             write_out(transfer, pipe)
             return False
@@ -219,18 +229,18 @@ def drain_all(transfer: Transfer, pipe: Pipe) -> bool:
 
 
 def with_callers_pipe(transfer: Transfer) -> str | None:
-    """Splice between two ends of which one is the caller's own pipe; nothing is borrowed.
+    """Splice between two ends of which one is the caller's own pipe, without a pipe of the pool.
 
-    EAGAIN does not tell which end is not ready (the caller's pipe may well be full, or stalled), so
-    both are waited for, one after the other.
+    EAGAIN does not tell which end is not ready, so this waits for both, one after the other.
+    Returns and raises as the module says.
     """
     src, dst = transfer.src, transfer.dst
     waited = False
-    while (asked := transfer.room(min(PIECE, src.left() - src.kept()))) > 0:
+    while (asked := transfer.within_limit(min(PIECE, src.remaining() - src.withheld()))) > 0:
         spliced = _splice_directly(transfer, asked)
         if spliced > 0:
-            src.took(spliced)
-            transfer.moved(spliced, "bytes_spliced")
+            src.note_taken(spliced)
+            transfer.count_delivered(spliced, "bytes_spliced")
             transfer.give_way()
             waited = False
         elif spliced in (0, NOT_NOW):
@@ -239,28 +249,29 @@ def with_callers_pipe(transfer: Transfer) -> str | None:
             transfer.wait(src.wait_read)
             transfer.wait(dst.wait_write)
             waited = True
-        elif src.may_be_read(spliced) and dst.may_be_written(spliced):
+        elif src.can_read_after(spliced) and dst.can_write_after(spliced):
             return "refused"
         elif spliced == -errno.EPIPE:  # the destination's: a source has no reader to lose
             raise error(spliced)
         else:
-            src.raise_own(spliced)
+            src.raise_read_error(spliced)
     return None
 
 
 def _splice_directly(transfer: Transfer, asked: int) -> int:
-    """Splice at most *asked* bytes from end to end; return how many, or minus the errno.
+    """Splice at most *asked* bytes from source to destination, once, on a thread if need be.
 
-    What may have to wait for a disk goes by a thread. Lets out what :func:`drain` does.
+    Returns how many bytes that was, or minus the errno. 0: the source has ended, or (a socket) is
+    at TCP's urgent mark. Lets out what :func:`drain` does.
     """
     src, dst = transfer.src, transfer.dst
     if isinstance(src, CallersPipe) and isinstance(dst, File):
-        asked = min(asked, src.holds())
-        if asked and dst.write_waits(asked):
-            return into_file(
+        asked = min(asked, src.available())
+        if asked and dst.write_may_wait(asked):
+            return write_on_thread(
                 transfer, asked, (src,), _splice_to_disk, asked, promised=lambda: asked
             )
-        asked = asked or 1  # to learn whether it is at its end
+        asked = asked or 1  # an empty pipe: splice(2) tells whether it has ended
     return answer(os.splice, src.fileno(), dst.fileno(), asked, flags=SPLICE_FLAGS)  # type: ignore[no-any-return]
 
 
@@ -269,10 +280,10 @@ def _splice_to_disk(src_fd: int, dst_fd: int, position: int, asked: int) -> int:
 
 
 def _has_ended(transfer: Transfer, asked: int, spliced: int) -> bool:
-    """Say whether the source has ended, of which splice(2) took nothing although it is readable.
+    """Return whether the source has ended, after splice(2) took nothing though it was readable.
 
-    At TCP's urgent mark splice(2) answers 0 or EAGAIN for ever; recv() goes on behind it. What it
-    gives is delivered. Lets out the errors of recv() and of the ordinary write.
+    At TCP's urgent mark splice(2) answers 0 or EAGAIN for ever, but recv() reads past it. Bytes
+    that recv() gives are delivered. Lets out the errors of recv() and of the ordinary write.
     """
     src = transfer.src
     if isinstance(src, CallersPipe):
@@ -283,6 +294,6 @@ def _has_ended(transfer: Transfer, asked: int, spliced: int) -> bool:
     if data == NOT_NOW:
         return False
     if isinstance(data, int):
-        src.raise_own(data)
+        src.raise_read_error(data)
     write(transfer, data)
     return not data

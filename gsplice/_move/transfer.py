@@ -1,4 +1,4 @@
-"""One transfer between two ends, and what threads do for it."""
+"""One transfer between two ends, and the jobs that it gives to threads."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ import gevent
 
 from .._ends.end import End
 from .._ends.file import File
-from .._ends.page_cache import learn_filesystems
+from .._ends.page_cache import learn_filesystems_and_run
 from .._os.results import answer
 from .._threads.descriptor import Duplicate, duplicate
-from .._threads.job import Loan
+from .._threads.job import Resource
 from .._threads.threads import threads
 from .account import Account
 
 
 class Transfer(Account):
-    """The account of the bytes that go from *src* to *dst*, which nobody else uses meanwhile."""
+    """A transfer from *src* to *dst*, two ends that nobody else uses meanwhile, and its account."""
 
     __slots__ = ("_duplicates", "dst", "read_failed", "src")
 
@@ -27,18 +27,18 @@ class Transfer(Account):
         super().__init__(limit, delivered)
         self.src = src
         self.dst = dst
-        #: Whether the error that ended it came from reading a file.
+        #: Whether it ended with an error of reading the source, a file.
         self.read_failed = False
-        #: What threads use in place of the ends' descriptors. Most transfers need no thread.
+        #: Threads use these in place of the ends' descriptors. Made when first needed.
         self._duplicates: dict[End, Duplicate] = {}
 
-    def moved(self, number: int, counter: str) -> None:
-        """Note that *number* bytes of the source have been delivered."""
-        super().moved(number, counter)
+    def count_delivered(self, number: int, counter: str) -> None:
+        """Count *number* bytes of the source as delivered, and move its offset past them."""
+        super().count_delivered(number, counter)
         self.src.advance(number)
 
-    def goes_on(self, filled: int) -> bool:
-        """Say whether to go on splicing after a fill of so many bytes from a socket."""
+    def keep_splicing(self, filled: int) -> bool:
+        """Return whether to go on splicing after a fill of *filled* bytes from a socket."""
         return True
 
     def on_thread(
@@ -46,30 +46,32 @@ class Transfer(Account):
         ends: tuple[End, ...],
         job: Callable[..., Any],
         *args: Any,
-        loans: tuple[Loan, ...] = (),
+        resources: tuple[Resource, ...] = (),
     ) -> Any:
         """Do ``job(*descriptors of ends, *args)`` on a thread; return its result, or minus errno.
 
-        Lets out ValueError for a file that has been closed, and what is thrown into the greenlet
-        while it waits: the job may go on then, and *loans* are the thread's.
+        The thread gets duplicates, so that the job is safe if somebody closes an end meanwhile.
+        Without a thread, or a descriptor for a duplicate, the job is done in this greenlet. Lets
+        out ValueError for a file that has been closed, and what is thrown into the greenlet while
+        it waits; then the job may still be running, and *resources* are left to the thread.
         """
         devices = tuple(end.status.st_dev if isinstance(end, File) else None for end in ends)
-        job = functools.partial(learn_filesystems, devices, job)
+        job = functools.partial(learn_filesystems_and_run, devices, job)
         fds = [end.fileno() for end in ends]
         pool = threads()
         duplicates = self._duplicate(ends, fds) if pool is not None else None
         if pool is None or duplicates is None:
             result = answer(job, *fds, *args)
         else:
-            known = [device for device in devices if device is not None]
+            of_files = [device for device in devices if device is not None]
             fds = [each.fd for each in duplicates]
-            result = pool.run(known, job, fds, args, [*duplicates, *loans])
+            result = pool.run(of_files, job, fds, args, [*duplicates, *resources])
         self._since_turn = 0
         self.check_process()
         return result
 
     def _duplicate(self, ends: tuple[End, ...], fds: list[int]) -> list[Duplicate] | None:
-        """Return duplicates of *fds*, made once for each of the *ends*; None if none can be had."""
+        """Return a duplicate for each of the *ends*, made once; None if no descriptor is left."""
         try:
             for end, fd in zip(ends, fds, strict=True):
                 if end not in self._duplicates:
@@ -79,24 +81,25 @@ class Transfer(Account):
         return [self._duplicates[end] for end in ends]
 
     def leave(self) -> None:
-        """Make both objects stand where the delivered bytes left them, and close the transfer.
+        """Set both objects' positions after the bytes delivered, and close the transfer.
 
-        Not in a forked child, which shares the position of every file with its parent.
+        Sets none in a forked child, where each file shares its position with the parent's. Lets out
+        the errors of seeking, and of flushing the destination.
         """
         try:
-            if self.is_ours():
+            if self.began_here():
                 self.src.leave_source()
                 self.dst.leave_sink()
         finally:
             self.close()
 
     def close(self) -> None:
-        """Close what threads have used, but not what one is still using. Raises nothing."""
+        """Close the duplicates, except those that a thread still uses. Raises nothing."""
         duplicates, self._duplicates = self._duplicates, {}
         for end, each in duplicates.items():
-            if each.lent or not self.is_ours():
+            if each.left_to_thread or not self.began_here():
                 continue
-            pool = threads() if isinstance(end, File) and end.close_waits() else None
+            pool = threads() if isinstance(end, File) and end.close_may_wait() else None
             if pool is None:
                 each.close()
             else:

@@ -1,1 +1,1 @@
-"""The ground floor: what only Linux has, the gevent hub, and what happens at a fork."""
+"""What everything else builds on: Linux, the gevent hub, forks, and numbers for results."""

@@ -15,13 +15,13 @@ def in_forked_child(handler: Callable[[], Any]) -> None:
 
 
 def around_fork(before: Callable[[], Any], in_parent: Callable[[], Any]) -> None:
-    """Have both called in every process that forks from now on, before and after it does."""
+    """Have *before* and *in_parent* called around each fork from now on, in the forking process."""
     if hasattr(os, "register_at_fork"):
         os.register_at_fork(before=before, after_in_parent=in_parent)
 
 
 def forked_error() -> OSError:
-    """Return the error of a transfer in a forked child, whose parent had started it."""
+    """Return the error that ends, in a forked child, a transfer of its parent's."""
     return OSError(
         errno.ECANCELED, "transfer was under way in the parent process when this one was forked"
     )

@@ -10,10 +10,10 @@ from greenlet import getcurrent
 
 
 def hub_to_serve() -> Any:
-    """Return the hub that can run others while this greenlet waits; None if there is none.
+    """Return the hub that can run other greenlets while this one waits; None if there is none.
 
-    There is none where nobody has made one, in the hub's own greenlet, and while the interpreter
-    ends, when even asking for the current greenlet is an error.
+    There is none if this thread has made none, in the hub's own greenlet, and while the interpreter
+    exits, when even getcurrent() raises.
     """
     if sys.is_finalizing():
         return None
@@ -22,9 +22,9 @@ def hub_to_serve() -> Any:
 
 
 def let_the_loop_turn(hub: Any) -> None:
-    """Let the loop of *hub* look for events once, and run whoever is ready.
+    """Let the loop of *hub* poll for events once, and run the greenlets that are ready.
 
-    Not ``gevent.sleep(0)``: gevent runs dozens of such callbacks between two looks for events.
+    Not by ``gevent.sleep(0)``: gevent runs dozens of its callbacks between two polls.
     """
     with hub.loop.timer(0.0) as timer:
         hub.wait(timer)

@@ -1,9 +1,9 @@
 """What only Linux has, and stand-ins elsewhere, so that gsplice can be imported there.
 
-Two questions have no function in the standard library: ctypes asks them, and where it is missing
-there is no answer. They are asked on threads, which must not import anything: gevent makes the
-locks of imports its own, and a thread that meets another at one makes a hub there. So ctypes is
-imported here, which takes 3 ms.
+statfs(2) and mincore(2) are called through ctypes, as the standard library has neither; without
+ctypes they have no answer. Threads call them, and must not import anything: gevent patches the
+locks of imports, and a thread that has to wait for one gets a hub of its own. So ctypes is imported
+here, which takes 3 ms.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import os
 import sys
 from typing import Any, Final
 
-#: Elsewhere nothing is recognised, so every call goes to the original function.
+#: If False, no object is recognised, so every call goes to the original function.
 LINUX: Final = sys.platform == "linux"
 
 if sys.platform == "linux":
@@ -37,7 +37,7 @@ else:
     F_GETFL = F_GETPIPE_SZ = F_SETPIPE_SZ = FIONREAD = MSG_MORE = SPLICE_FLAGS = 0
     AF_UNIX = fcntl = ioctl = None
 
-#: The C library, through ctypes; None where that is not to be had.
+#: The C library, through ctypes; None without ctypes.
 _libc: Any = None
 if LINUX:
     with contextlib.suppress(ImportError, OSError, AttributeError):
@@ -46,7 +46,7 @@ if LINUX:
         _Statfs = ctypes.c_long * 64
         _MAP_FAILED = ctypes.c_void_p(-1).value
         _all = ctypes.CDLL(None, use_errno=True)
-        # All of them looked up and declared here, too: threads only call them.
+        # Looked up and declared here as well: threads only call them.
         _all.fstatfs.argtypes = [ctypes.c_int, _Statfs]
         _all.mmap.restype = ctypes.c_void_p
         _all.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
@@ -54,7 +54,7 @@ if LINUX:
         _all.mincore.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_char_p]
         _libc = _all
 
-#: preadv(2), Linux 4.14: fail with EAGAIN instead of waiting for a disk.
+#: Flag of preadv2(2), Linux 4.14: fail with EAGAIN instead of waiting for a disk.
 RWF_NOWAIT: Final[int] = getattr(os, "RWF_NOWAIT", 0)
 
 _PAGE: Final = os.sysconf("SC_PAGE_SIZE") if LINUX else 4096
@@ -82,7 +82,7 @@ __all__ = [
 
 
 def _map(fd: int, size: int, protection: int, offset: int) -> int | None:
-    """Map that range of *fd*; return where, or None with the reason in ctypes.get_errno()."""
+    """Map that range of *fd*; return the address, or None with the errno in ctypes.get_errno()."""
     address: int | None = _libc.mmap(None, size, protection, _MAP_SHARED, fd, offset)
     return None if address == _MAP_FAILED else address
 
@@ -96,10 +96,10 @@ def filesystem_type(fd: int) -> int | None:
 
 
 def can_be_mapped(fd: int) -> bool:
-    """Say whether mmap(2) does not refuse *fd* with ENODEV. May wait for the filesystem.
+    """Return False if mmap(2) refuses *fd* with ENODEV. May wait for the filesystem.
 
-    True, too, where nobody can tell. mmap.mmap() would duplicate *fd*, and closing that drops the
-    process's locks (fcntl(2)).
+    True without ctypes. Not by mmap.mmap(): that duplicates *fd*, and closing the duplicate drops
+    the process's record locks (fcntl(2)).
     """
     if _libc is None:
         return True
@@ -111,10 +111,10 @@ def can_be_mapped(fd: int) -> bool:
 
 
 def in_core(fd: int, offset: int, length: int) -> bool:
-    """Say whether all of that range is in the page cache and read: mmap(2) and mincore(2).
+    """Return whether all of that range is in the page cache, and loaded, by mmap(2) and mincore(2).
 
-    False, too, where neither can tell. For a file that the user neither owns nor may write the
-    kernel calls every page resident (Linux 5.2): ask about one beyond the end first.
+    False if either fails. For a file that the user neither owns nor may write, the kernel calls
+    every page resident (Linux 5.2): to find that out, ask about a page beyond the end first.
     """
     if _libc is None:
         return False

@@ -1,7 +1,7 @@
-"""How a step of a transfer answers: the number of bytes it moved, or below 0, minus the errno.
+"""What a step of a transfer returns: how many bytes it moved, or minus the errno.
 
-That is the kernel's own language. An answer can pass from a thread to a greenlet, and be looked at,
-without an exception, whose traceback would hold on to everything that its frames refer to.
+A number can pass from a thread to a greenlet where an exception would bring its traceback along,
+and with that everything that the frames refer to.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from typing import Any, Final
 #: The source has nothing now, or the destination takes nothing.
 NOT_NOW: Final = -errno.EAGAIN
 
-#: splice(2) took nothing of what there was, and gave no reason.
+#: splice(2) returned 0 although there were bytes to move.
 TOOK_NOTHING: Final = -errno.EINVAL
 
-#: What the kernel or a sandbox answers when it will not move bytes from a socket in this way.
+#: The errors of a kernel, or a sandbox, that does not splice from a socket.
 _REFUSALS: Final = frozenset(
     {
         errno.EINVAL,
@@ -30,8 +30,8 @@ _REFUSALS: Final = frozenset(
     }
 )
 
-#: What the kernel says of a connection, or of a pipe that nobody reads, when bytes are to go there.
-_NO_WAY_THERE: Final = frozenset(
+#: The errors of a connection, or of a pipe that nobody reads, when bytes are to go there.
+_DESTINATION_GONE: Final = frozenset(
     {
         errno.EBADF,
         errno.ECONNABORTED,
@@ -52,29 +52,30 @@ _NO_WAY_THERE: Final = frozenset(
 
 
 def answer(call: Callable[..., Any], *args: Any, **options: Any) -> Any:
-    """Make a system call; return what it does, or minus the errno of its OSError."""
+    """Make a system call; return its result, or minus the errno of its OSError."""
     try:
         return call(*args, **options)
     except OSError as err:
         return -(err.errno or errno.EIO)
 
 
-def recv_may_go_on(answered: int) -> bool:
-    """Say whether recv(2) may be tried after that error of a socket that is read.
+def can_recv_after(minus_errno: int) -> bool:
+    """Return whether recv(2) may be tried after that error of splice(2) from a socket.
 
-    Any other is told only once, and recv(2) would find an end of file then.
+    Not after an error of the connection: the kernel reports it once, and recv(2) would then find
+    the end of the stream.
     """
-    return -answered in _REFUSALS
+    return -minus_errno in _REFUSALS
 
 
-def send_may_go_on(answered: int) -> bool:
-    """Say whether send(2) or write(2) may be tried after that error of a connection or pipe.
+def can_send_after(minus_errno: int) -> bool:
+    """Return whether send(2) or write(2) may be tried after that error of splice(2).
 
-    If anything else is wrong it says so, and says what.
+    After any error but those of the connection: the call reports it again, in its own words.
     """
-    return -answered not in _NO_WAY_THERE
+    return -minus_errno not in _DESTINATION_GONE
 
 
-def error(answered: int) -> OSError:
-    """Return the error that an answer below 0 stands for."""
-    return OSError(-answered, os.strerror(-answered))
+def error(minus_errno: int) -> OSError:
+    """Return the OSError of that number."""
+    return OSError(-minus_errno, os.strerror(-minus_errno))

@@ -1,1 +1,1 @@
-"""What replaces the functions and methods of others, one module for each."""
+"""The replacements for functions and methods of others, one module for each place."""

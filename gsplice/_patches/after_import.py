@@ -1,4 +1,4 @@
-"""Doing something as soon as somebody else has imported a module."""
+"""Calling a function as soon as somebody else has imported a module."""
 
 from __future__ import annotations
 
@@ -8,34 +8,34 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any, Final
 
-#: What is to be done, by the name of the module.
+#: The function to call, by the name of the module.
 _waiting: Final[dict[str, Callable[[], None]]] = {}
 
 
 def after_import(module: str, then: Callable[[], None]) -> None:
-    """Call *then*, once, when *module*, which nobody has imported yet, has been."""
+    """Call *then*, once, when *module* has been imported. On entry nobody has imported it."""
     _waiting[module] = then
     if _finder not in sys.meta_path:
         sys.meta_path.insert(0, _finder)
 
 
 def forget(module: str) -> None:
-    """Have nothing done any more when *module* is imported."""
+    """Take back :func:`after_import`, if *module* has not been imported yet."""
     _waiting.pop(module, None)
     if not _waiting and _finder in sys.meta_path:
         sys.meta_path.remove(_finder)
 
 
 class _Finder:
-    """Finds what the other finders do, and puts a loader of ours around theirs."""
+    """Asks the other finders for a module that is waited for, and wraps their loader in ours."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        """Return the spec of a module that is waited for; None: somebody else's business.
+        """Return the spec of a module that is waited for, with our loader; else None.
 
-        That is also where a finder or a loader is of the old kind, without ``find_spec`` or
-        ``exec_module``: the import goes on without us.
+        Also None if a finder or the loader is of the old kind, without ``find_spec`` or
+        ``exec_module``: then the import goes on without us, and nothing is called.
         """
         if fullname not in _waiting:
             return None
@@ -54,7 +54,7 @@ class _Finder:
 
 
 class _Loader:
-    """Another loader, which is left as it is, as others may have put theirs around it, too."""
+    """Wraps another loader, which is not changed: others may have wrapped it, too."""
 
     def __init__(self, loader: Any) -> None:
         self._loader = loader
@@ -68,7 +68,7 @@ class _Loader:
         return None if create is None else create(spec)
 
     def exec_module(self, module: ModuleType) -> None:
-        """Do what the loader does, then what was waited for. Lets out what the module raises."""
+        """Do what the loader does, then call the function. Lets out what the module raises."""
         spec: Any = module.__spec__
         if spec is not None and spec.loader is self:
             spec.loader = module.__loader__ = self._loader

@@ -1,7 +1,7 @@
 """Responses of ``gunicorn -k gevent`` that are a part of a plain file, sent by the kernel.
 
-What gunicorn's own wrapper makes of a whole file goes that way anyhow. Anything else, as a
-framework's iterator over a range, it would write piece by piece.
+gunicorn calls sendfile itself for a whole file in its own wrapper. Anything else, such as a
+framework's iterator over a range of a file, it would write piece by piece.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def replacements(worker_class: Any) -> SimpleNamespace:
 
 
 class _Application:
-    """The application, with results that send themselves as long as the worker is patched."""
+    """The application, with its file results wrapped in a _FilePart while the worker is patched."""
 
     def __init__(self, app: Callable[..., Any], owner: str) -> None:
         self._app = app
@@ -65,9 +65,9 @@ class _Application:
 
 
 class _FilePart:
-    """A body that is *part* of a plain file: an iterator that sends all and gives nothing.
+    """A body that is *part* of a plain file: an iterator that yields nothing, but sends all.
 
-    Making one raises NotOurs if it is anything else; nothing has changed then.
+    Its constructor raises NotOurs, and has changed nothing, if gunicorn has to send the body.
     """
 
     def __init__(self, response: Any, part: Part, result: Any) -> None:
@@ -86,9 +86,10 @@ class _FilePart:
         return self
 
     def __next__(self) -> bytes:
-        """Send all, and count it as gunicorn does. Lets out what reading and sending raise.
+        """Send headers and body, and count the bytes as gunicorn does.
 
-        A file that can't be read is an error before the headers are sent, which gunicorn answers.
+        Lets out what reading and sending raise. Reads a byte before the headers are sent, so that
+        gunicorn can answer with an error page if the file can't be read.
         """
         part, self._part = self._part, None
         if part is not None and self._length > 0:
@@ -108,7 +109,7 @@ class _FilePart:
 
 
 def _takes_all(response: Any) -> bool:
-    """Say whether *response* would write all of a body as it is, up to its declared length."""
+    """Return whether *response* would write a body unchanged, up to its declared length."""
     return (
         response.status is not None
         and response.response_length is not None

@@ -23,17 +23,17 @@ from .wsgi_results import Part, file_of, find
 #: The methods that are replaced.
 NAMES: Final = ["get_environ", "process_result"]
 
-#: Methods that a response goes through on its way to the socket: a handler that overrides one must
-#: see every byte.
+#: Methods through which a handler sends its response. One that overrides any of these has to see
+#: every byte.
 _WAY_OUT = frozenset({"write", "_write", "_sendall", "_write_with_headers"})
 
 
 class FileWrapper:
-    """What ``environ['wsgi.file_wrapper']`` makes of a file (PEP 3333, Optional Platform-Specific
-    File Handling): an iterable of its pieces of *blksize* bytes, from where it stands.
+    """The ``environ['wsgi.file_wrapper']`` of PEP 3333 (Optional Platform-Specific File Handling):
+    an iterable of pieces of *blksize* bytes of a file, from its position.
 
-    A handler sends a plain file behind it without iterating. There is no length, because pywsgi
-    would take the number of pieces for it.
+    If the file is a plain one, a handler sends it without iterating. There is no ``__len__``,
+    because pywsgi would take it for the number of pieces.
     """
 
     def __init__(self, filelike: Any, blksize: int = 8192) -> None:
@@ -55,11 +55,11 @@ class FileWrapper:
         return data
 
     def stop_after(self, length: int) -> None:
-        """Give no more than the next *length* bytes, those that Content-Length has promised."""
+        """Yield no more than the next *length* bytes: as many as Content-Length says."""
         self._left = length
 
     def seekable(self) -> bool:
-        """Say whether :meth:`seek` and :meth:`tell` work."""
+        """Return whether :meth:`seek` and :meth:`tell` work."""
         answer = getattr(self.filelike, "seekable", None)
         return bool(answer()) if answer is not None else hasattr(self.filelike, "seek")
 
@@ -68,7 +68,7 @@ class FileWrapper:
         return self.filelike.seek(*args)
 
     def tell(self) -> Any:
-        """Return where the file stands."""
+        """Return the position of the file."""
         return self.filelike.tell()
 
     def close(self) -> None:
@@ -125,7 +125,7 @@ def _cut(length: int, most: int | None) -> int:
 
 
 def _declared_length(handler: Any) -> int | None:
-    """Return the Content-Length that the application gave, if it gave one that makes sense."""
+    """Return the Content-Length that the application gave; None if it gave no valid one."""
     declared = handler.provided_content_length
     if declared and len(declared) < 20 and declared.isascii() and declared.isdigit():
         return int(declared)
@@ -133,23 +133,26 @@ def _declared_length(handler: Any) -> int | None:
 
 
 def _needs_no_body(handler: Any) -> bool:
-    """Have a wrapper that is iterated over keep to the declared length; True: it needn't be."""
+    """Return whether a wrapper that we can't send needn't be iterated over either (HEAD).
+
+    If it has to be, limits it to the declared length. On exit the headers of a HEAD are sent.
+    """
     declared = _declared_length(handler)
     if handler.headers_sent:
-        handler.close_connection = True  # how much of the length has gone, nobody knows
+        handler.close_connection = True  # we don't know how much of the length has been sent
     elif declared is not None and type(handler.result) is FileWrapper:
         handler.result.stop_after(declared)
     if handler.command == "HEAD" and handler.status:
         if not handler.headers_sent:
             handler.write(b"")
-        return True  # no body, nor the end of a chunked one
+        return True  # neither a body nor the last chunk of one
     return False
 
 
 class _FileResponse:
     """A response whose body is *part* of a plain file.
 
-    Making one raises NotOurs if it is anything else; nothing has changed then.
+    Its constructor raises NotOurs, and has changed nothing, if pywsgi has to send the response.
     """
 
     __slots__ = ("_declared", "_first", "_handler", "_length", "_transfer")
@@ -178,7 +181,7 @@ class _FileResponse:
             if handler.provided_content_length is not None or not _is_file_wrapper(handler.result):
                 raise NotOurs("response")
             if not src.status.st_size:
-                raise NotOurs("small")  # or one that doesn't know its size, as in /proc
+                raise NotOurs("small")  # or a file whose size is unknown, as in /proc
         src.seek(part.start, part.whence)
         self._transfer = Transfer(src, dst)
         if declared is None:
@@ -194,14 +197,15 @@ class _FileResponse:
     def _real_length(self, most: int | None) -> int:
         """Return how many bytes the file has from its offset on, *most* at the most.
 
-        Raises NotOurs if a big one has less than its filesystem says, or any has more, as on FUSE
-        and network filesystems: only reading finds the end then. Lets out the errors of reading.
+        Raises NotOurs if the size from fstat(2) is too small, or for a big file too large, as on
+        FUSE and network filesystems, where only reading finds the end. Lets out the errors of
+        reading.
         """
         transfer, src = self._transfer, self._transfer.src
-        length = _cut(max(0, src.left()), most)
-        more = int(length != most)  # a byte that is asked for and must not be there
+        length = _cut(max(0, src.remaining()), most)
+        more = int(length != most)  # try to read one byte past the end
         if length <= SMALL_FILE:
-            # In sysfs the size is that of a page: what a small file really has is what counts.
+            # In sysfs the size is always that of a page, so count what a small file really has.
             real = self._read_small(length, more)
             if real <= length:
                 return real
@@ -217,16 +221,16 @@ class _FileResponse:
         raise NotOurs("size")
 
     def _read_small(self, length: int, more: int = 0) -> int:
-        """Read all if *length* is small, so that a disk error becomes pywsgi's error response.
+        """Read *length* bytes, if that is small, so that pywsgi can answer a disk error.
 
-        Then *more* bytes are read as well. Return the length there really is, as far as that is
-        known now.
+        Tries to read *more* bytes after them. Returns how many bytes there were; *length* if that
+        is not small. Lets out the errors of reading.
         """
         self._first = b""
         transfer, src = self._transfer, self._transfer.src
         if length > SMALL_FILE:
             return length
-        first = src.read_ahead(length + more)
+        first = src.take_buffered(length + more)
         try:
             while (asked := length + more - len(first)) and (
                 data := read(transfer, src.offset + len(first), asked)
@@ -239,16 +243,16 @@ class _FileResponse:
         return len(first)
 
     def send(self) -> None:
-        """Send headers and body so that a small response is one segment.
+        """Send headers and body, a small response in one segment.
 
-        From then on the connection has ``TCP_NODELAY``: else the last piece of a file would wait
-        for an acknowledgement of those before, and 1 MiB take half as much CPU time again
+        Sets ``TCP_NODELAY`` on the connection: without it, the last piece of a file waits for an
+        acknowledgement of those before, and 1 MiB takes half as much CPU time again
         (benchmarks/servers.py).
 
-        On exit the body is sent as far as the file went; if that is short of the declared
-        length, the connection will be closed, since the client can't tell otherwise where the next
-        response starts. Lets out what sending and reading raise; errors of the socket are noted in
-        the handler as those of its own sends are.
+        On exit the body is sent as far as the file went; if that is short of the declared length,
+        the connection will be closed, since the client can't tell otherwise where the next
+        response starts. Lets out the errors of sending and reading, after recording those of the
+        socket in the handler, as its own sends do.
         """
         handler = self._handler
         head = handler.command == "HEAD"
@@ -259,10 +263,10 @@ class _FileResponse:
             handler.socket.setsockopt(IPPROTO_TCP, TCP_NODELAY, 1)
         if first:
             self._write_together(first)
-            transfer.moved(len(first), "bytes_copied")
-            if transfer.room(1):
+            transfer.count_delivered(len(first), "bytes_copied")
+            if transfer.within_limit(1):
                 self._send_rest()
-        elif transfer.room(1):
+        elif transfer.within_limit(1):
             self._send_headers()
             self._send_rest()
         else:
@@ -279,7 +283,7 @@ class _FileResponse:
         self._handler._sendall(b"".join(pieces))
 
     def _collect(self, first: bytes) -> list[bytes]:
-        """Return what the handler's own write() would send for headers and *first*."""
+        """Return the pieces that the handler's own write() would send for headers and *first*."""
         handler = self._handler
         pieces: list[bytes] = []
         handler._sendall = pieces.append
@@ -290,9 +294,10 @@ class _FileResponse:
         return pieces
 
     def _send_headers(self) -> None:
-        """Send the headers, to be in one segment with what comes next.
+        """Send the headers so that they are in one segment with the first piece of the body.
 
-        If nothing comes, the connection will be closed, which sends them.
+        If no piece follows, the connection will be closed, which sends them. Lets out the errors of
+        the socket, after recording them in the handler.
         """
         handler = self._handler
         pieces = self._collect(b"")
@@ -300,7 +305,7 @@ class _FileResponse:
             try:
                 handler.socket.sendall(piece, MSG_MORE)
             except OSError as err:
-                self._note(err)
+                self._record(err)
                 raise
             handler.response_length += len(piece)
 
@@ -311,13 +316,13 @@ class _FileResponse:
             move(transfer)
         except OSError as err:
             if not transfer.read_failed:
-                self._note(err)
+                self._record(err)
             raise
         finally:
             handler.response_length += transfer.delivered - before
 
-    def _note(self, err: OSError) -> None:
-        """Have the handler know of an error of its socket, as its own sends do."""
+    def _record(self, err: OSError) -> None:
+        """Record an error of the socket in the handler, as its own sends do."""
         handler = self._handler
         handler.status = f"socket error: {err}"
         if handler.code > 0:

@@ -1,4 +1,4 @@
-"""The replacements for ``shutil.copyfileobj``, and for what ``copyfile`` and its like build on."""
+"""The replacements for ``shutil.copyfileobj``, and for the functions that ``copyfile`` calls."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, Final
 from .._counters import counters
 from .._ends.end import End
 from .._ends.file import File
-from .._ends.recognise import NotOurs, different_files, regular_file, sink, source
+from .._ends.recognise import NotOurs, check_different_files, regular_file, sink, source
 from .._move.move import move
 from .._move.transfer import Transfer
 
@@ -22,28 +22,27 @@ _FAST_COPIES: Final = [
 
 __implements__ = ["copyfileobj", *_FAST_COPIES]
 
-#: What was there before this was patched in.
+#: What these names referred to before they were patched.
 originals: Final[dict[str, Any]] = {name: getattr(shutil, name) for name in __implements__}
 
-#: What the originals call. Whoever has replaced one of these wants it to be called.
+#: What the originals call. If somebody has replaced one of these, the original has to call it.
 _calls: Final = {
     name: getattr(os, name)
     for name in ("fstat", "sendfile", "copy_file_range")
     if hasattr(os, name)
 }
 
-#: The largest *length* taken: the original reads pieces of that size into memory, and fails where
-#: it can't.
+#: The largest *length* taken: with a larger one, the original fails for want of memory.
 _MOST_LENGTH: Final = 1 << 30
 
 
 def copyfileobj(fsrc: Any, fdst: Any, length: int = 0) -> None:
-    """Copy from *fsrc*, where it stands, to *fdst*, where it stands, until *fsrc* ends.
+    """Copy from the position of *fsrc* to that of *fdst*, until *fsrc* ends.
 
     Between regular files, files of plain gevent stream sockets (``makefile()``) and pipes the bytes
     move inside the kernel, and waiting happens on the hub; anything else goes to the original.
-    *length*, a number of bytes, is the original's size of a piece and makes no difference then.
-    Both objects are left where the copy stopped, also on an error.
+    *length*, the size of the original's pieces in bytes, makes no difference then. On exit, also by
+    an error, both objects' positions are where the copy stopped.
 
     Raises what reading from *fsrc* and writing to *fdst* raise.
     """
@@ -51,8 +50,8 @@ def copyfileobj(fsrc: Any, fdst: Any, length: int = 0) -> None:
         if length and not (type(length) is int and -1 <= length <= _MOST_LENGTH):
             raise NotOurs("arguments")
         src, dst = source(fsrc), sink(fdst)
-        different_files(src, dst)
-        if length and length < 0 and not isinstance(src, File) and src.must_read_on:
+        check_different_files(src, dst)
+        if length and length < 0 and not isinstance(src, File) and src.needs_final_read:
             raise NotOurs("arguments")  # a response does not stop at the end of its body then
     except NotOurs as reason:
         counters.fell_back(reason.args[0])
@@ -65,11 +64,11 @@ def copyfileobj(fsrc: Any, fdst: Any, length: int = 0) -> None:
 
 
 def _original_is_faster(src: File, dst: End) -> bool:
-    """Say whether there is little left of *src*, and no disk to wait for on either side."""
-    left = src.left()
-    if left <= 0 or not src.is_small() or src.ready(left) < left:
+    """Return whether little remains of *src*, and neither end may have to wait for a disk."""
+    size = src.remaining()
+    if size <= 0 or not src.is_small() or src.cached(size) < size:
         return False
-    return not (isinstance(dst, File) and dst.write_waits(left))
+    return not (isinstance(dst, File) and dst.write_may_wait(size))
 
 
 def _fast_copy(name: str) -> Any:
@@ -80,7 +79,7 @@ def _fast_copy(name: str) -> Any:
             src, dst = regular_file(fsrc), sink(fdst)
             if not isinstance(dst, File):
                 raise NotOurs("destination_type")
-            different_files(src, dst)
+            check_different_files(src, dst)
             if _original_is_faster(src, dst):
                 raise NotOurs("small")
         except NotOurs as reason:

@@ -23,10 +23,10 @@ from ..config import settings
 
 __implements__ = ["sendfile", "_sendfile_use_sendfile"]
 
-#: What was there before this was patched in.
+#: What these names referred to before they were patched.
 originals: Final[dict[str, Any]] = {name: getattr(GeventSocket, name) for name in __implements__}
 
-#: For :func:`_send_small`, which takes one out while it has bytes in it.
+#: Free buffers for :func:`_send_small`, which takes one out while it uses it.
 _buffers: Final[list[bytearray]] = []
 _ONE_BYTE: Final = (bytearray(1),)
 
@@ -37,9 +37,9 @@ def sendfile(self: Any, file: Any, offset: int = 0, count: int | None = None) ->
     """Send *file* until end of file, or *count* bytes of it; return the number of bytes sent.
 
     A regular file goes to a plain TCP or Unix stream socket by splice(2), waiting on the hub;
-    anything else goes to gevent's own ``sendfile``, which this one equals in arguments, checks,
-    exceptions, and in timeouts, which apply to each wait. An *offset* that is false means where the
-    file stands. The file is left where sending stopped, also on an error.
+    anything else goes to gevent's own ``sendfile``. Arguments, checks, exceptions and timeouts (for
+    each wait) are the same as there. An *offset* that is false means the file's position. On exit,
+    also by an error, that is where sending stopped.
 
     Raises ValueError and TypeError for arguments as gevent does, OSError and TimeoutError of the
     socket, OSError of the file.
@@ -49,7 +49,7 @@ def sendfile(self: Any, file: Any, offset: int = 0, count: int | None = None) ->
 
 
 def _send(sock: Any, file: Any, offset: int, count: int | None, sent: int = 0) -> int:
-    """Send from *offset* on; of *count*, *sent* bytes have gone already. Return the total."""
+    """Send from *offset* on; *sent* bytes of *count* have been sent already. Return the total."""
     try:
         dst = stream_socket(sock)
         src = regular_file(file)
@@ -67,16 +67,17 @@ def _send(sock: Any, file: Any, offset: int, count: int | None, sent: int = 0) -
         move(transfer)
     finally:
         if transfer.delivered and src.obj.closed:
-            file.seek(0)  # which fails, as the seek does with which gevent's sendfile ends
+            file.seek(0)  # raises ValueError, as does the seek at the end of gevent's sendfile
     return transfer.delivered
 
 
 def _send_small(sock: Any, file: Any, offset: int, count: int | None) -> int | None:
-    """Send all of a small resident file by two reads and one send, as fast as gevent's sendfile.
+    """Send all of a small cached file by two reads and one send, as fast as gevent's sendfile.
 
-    Without this short cut a small file takes two to three times as long, most of it to recognise
-    the two ends (benchmarks/file_to_socket.py). None: it is not that simple, and nothing has moved.
-    Lets out the errors of send(), with the file where sending was to begin.
+    Returns how many bytes were sent; None if this way does not do, and nothing was sent. Without
+    it, a small file takes two to three times as long, most of that to recognise the two ends
+    (benchmarks/file_to_socket.py). Lets out the errors of send(), with the file's position at the
+    first byte to send, and what :func:`_send` does.
     """
     if (
         type(sock) is not GeventSocket
@@ -100,15 +101,15 @@ def _send_small(sock: Any, file: Any, offset: int, count: int | None) -> int | N
         try:
             stands = file.tell()
             if os.lseek(fd, 0, os.SEEK_CUR) != stands:
-                return None  # there is something in its buffer
+                return None  # something is in its buffer
             position = offset or stands
             view = memoryview(buffer)[:count]
             number = os.preadv(fd, (view,), position, RWF_NOWAIT)
             if not 0 < number <= SMALL_FILE:
                 return None
             if number != count and os.preadv(fd, _ONE_BYTE, position + number, RWF_NOWAIT):
-                return None  # it is not at its end after so little
-        except OSError:  # not resident, or not a file that can tell
+                return None  # the file goes on, so it is not small
+        except OSError:  # not cached, or the filesystem can't tell
             return None
         try:
             sent: int = sock._sock.send(view[:number])
@@ -127,9 +128,9 @@ def _send_small(sock: Any, file: Any, offset: int, count: int | None) -> int | N
 def _sendfile_use_sendfile(self: Any, file: Any, offset: int = 0, count: int | None = None) -> int:
     """Send *file* inside the kernel or not at all, as CPython's method of this name does.
 
-    Unlike :func:`sendfile` it ignores what *file* has read ahead, and an *offset* that is false
-    means byte 0. Raises ``socket._GiveupOnSendfile`` if nothing can be sent this way; what is
-    refused later is read and sent.
+    Unlike :func:`sendfile` it ignores the buffer of *file*, and an *offset* that is false means
+    byte 0. Raises ``socket._GiveupOnSendfile`` if nothing can be sent this way. If the kernel
+    refuses after some bytes, the rest is read and sent.
     """
     self._check_sendfile_params(file, offset, count)
     try:
@@ -151,7 +152,7 @@ def _sendfile_use_sendfile(self: Any, file: Any, offset: int = 0, count: int | N
         if refused is not None:
             if not transfer.delivered:
                 raise _GiveupOnSendfile(refused)
-            through_memory(transfer)  # to return less would mean that the file has ended
+            through_memory(transfer)  # the caller takes a shorter result for the end of the file
     finally:
         if transfer.delivered:
             transfer.leave()

@@ -1,8 +1,8 @@
-"""Which part of which file the result of a WSGI application gives, if it is of a known type.
+"""Which part of which file a WSGI application's result consists of, if it is of a known type.
 
-Frameworks answer a range request with an iterator of their own over the server's wrapper, or hand
-the wrapper a file of their own that ends early. Only exact types are taken, as in
-:mod:`gsplice._ends.recognise`, and nothing is imported for it.
+For a range request, frameworks return their own iterator over the server's wrapper, or give the
+wrapper their own file object that ends early. Only exact types are taken, as in
+:mod:`gsplice._ends.recognise`, and nothing is imported for that.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from .._ends.exact_type import by_name
 from .._ends.file import File
 from .._ends.recognise import NotOurs, regular_file
 
-#: Iterables of all the pieces of a file, and where they keep it.
+#: Iterables of all the pieces of a file, and the attribute in which they keep it.
 _WRAPPERS: Final = {
     ("gsplice._patches.pywsgi", "FileWrapper"): "filelike",
     ("gunicorn.http.wsgi", "FileWrapper"): "filelike",
@@ -23,7 +23,7 @@ _WRAPPERS: Final = {
     ("wsgiref.util", "FileWrapper"): "filelike",
 }
 
-#: Files that read no more than ``remaining`` bytes of another, and where they keep that.
+#: File objects that read only ``remaining`` bytes of another, and the attribute with that one.
 _BOUNDED: Final = {
     ("falcon.routing.static", "_BoundedFile"): "fh",
     ("whitenoise.responders", "SlicedFile"): "fileobj",
@@ -39,7 +39,7 @@ _SequenceIterator: Final = type(iter(_Sequence()))
 
 
 class Part(NamedTuple):
-    """A part of a file: ``file.seek(start, whence)`` leads to it; without a length, to the end."""
+    """A part of a file, from ``file.seek(start, whence)``; *length* None: to the end."""
 
     file: Any
     start: int = 0
@@ -48,9 +48,10 @@ class Part(NamedTuple):
 
 
 def file_of(part: Part) -> File:
-    """Return the file that *part* is of. Raises NotOurs, also if the part begins behind its end.
+    """Return the end that *part* is of, a regular file. Raises NotOurs.
 
-    Whoever reads up to there finds that out, while a seek may fail.
+    Also if the part begins after the end of the file: the original finds that out by reading, while
+    our seek may fail.
     """
     file = regular_file(part.file)
     if part.start > file.status.st_size:
@@ -59,13 +60,13 @@ def file_of(part: Part) -> File:
 
 
 def find(result: object) -> Part | None:
-    """Return what iterating over *result* would give, or None if it may be anything."""
+    """Return the part of a file that iterating over *result* would yield; None if unknown."""
     try:
         part = _whole(result)
         if part is None:
             take = _lookup(result, _RANGES)
             part = None if take is None else take(result)
-    except (AttributeError, TypeError):  # a version that is different inside
+    except (AttributeError, TypeError):  # an unknown version, with other attributes
         return None
     if (
         part is None
@@ -87,8 +88,8 @@ def _whole(result: Any) -> Part | None:
 
 def _range_wrapper(result: Any) -> Part | None:
     if result.read_length or result.end_reached:
-        return None  # it is under way
-    # It skips what comes before the range where it thinks that the wrapper can't seek.
+        return None  # it has begun
+    # If it takes the wrapper for not seekable, it reads and skips what comes before the range.
     whence = SEEK_SET if result.seekable else SEEK_CUR
     return _narrowed(result.iterable, result.start_byte, whence, result.end_byte)
 
@@ -107,9 +108,9 @@ def _narrowed(iterable: Any, start: Any, whence: int, stop: Any) -> Part | None:
 
 
 def _sequence_of(iterable: Any) -> Any:
-    """Return what *iterable* goes over, if it is Python's own iterator, at its start.
+    """Return the sequence under *iterable*, if that is Python's sequence iterator, at its start.
 
-    It is that over gunicorn 22's wrapper, which has no ``__iter__``.
+    gunicorn 22's wrapper has no ``__iter__``, so iter() of it is such an iterator.
     """
     if type(iterable) is not _SequenceIterator:
         return iterable
@@ -126,12 +127,12 @@ _RANGES: Final = {
 
 
 def _lookup(obj: Any, table: Any) -> Any:
-    """Return the entry of the type of *obj*, if the instance does what its type does."""
+    """Look up the type of *obj* in *table*; None if the instance has methods of its own."""
     cls = type(obj)
     found = by_name(cls, table)
     if found:
         for name in vars(obj):
-            # Its close() may be anything: the server calls it, not we.
+            # Except close(), which the server calls.
             if name != "close" and hasattr(cls, name):
                 return None
     return found

@@ -1,9 +1,9 @@
-"""The idle pipes: in which lists they are kept, and how they are given up.
+"""The lists of idle pipes, and how pipes that stay idle are closed (reclamation).
 
-One rule makes the lists safe in finalizers, collections and other threads without a lock: a pipe
-belongs to whoever took it out of a list, and ``list.pop``, ``list.remove`` and ``list.append`` are
-atomic. A list is walked as ``[*idle]``, never as ``tuple(idle)``, which allocates after it has
-looked: a collection in between may shorten the list.
+Finalizers, collections and other threads use the lists without a lock, by one rule: whoever takes a
+pipe out of a list owns it, and ``list.pop``, ``list.remove`` and ``list.append`` are atomic. Walk a
+list as ``[*idle]``, never as ``tuple(idle)``, which allocates after it has read the length: a
+collection at that moment may shorten the list.
 """
 
 from __future__ import annotations
@@ -19,38 +19,38 @@ from gevent.hub import MAIN_THREAD_IDENT, get_hub
 from gevent.monkey import get_original
 
 from ..config import Settings, settings
-from .pipe import Home, Pipe
+from .pipe import IdleList, Pipe
 
-#: Idle pipes that reclamation leaves open, in the whole process: enough for a quiet server's next
-#: requests, two megabytes of pipe room at the most.
+#: How many idle pipes reclamation leaves open in the process: enough for a quiet server's next
+#: requests, and at most two megabytes of pipe room.
 LOW_WATER: Final = 4
 
-#: Seconds between two looks at the idle pipes while a hub runs. A pipe that was idle at two looks
-#: in a row and not used between them is closed, so idle pipes live 10 to 20 seconds.
+#: Seconds between two reclamations while a hub runs. One closes the pipes that have been idle since
+#: the one before, so a pipe stays idle for 10 to 20 seconds.
 RECLAIM_PERIOD: Final = 10.0
 
 get_ident: Callable[[], int] = get_original("_thread", "get_ident")
 
-#: The list that all hubs share. lending.py guards its room with a lock.
+#: The list that all hubs share. lending.py guards its length with a lock.
 shared: Final[list[Pipe]] = []
 
-#: Every thread's home, for as long as the thread lives.
-homes: Final[list[weakref.ref[Home]]] = []
+#: Every thread's list, for as long as the thread lives.
+homes: Final[list[weakref.ref[IdleList]]] = []
 
-#: When a timer last had the lists looked at, in seconds of the monotonic clock.
+#: When a timer last called reclaim(), in seconds of the monotonic clock.
 _last_look: float = 0.0
 
 
-def rest(home: Home) -> None:
-    """Keep no more than reclamation would leave: without a hub no timer looks at the list."""
+def unwatch(home: IdleList) -> None:
+    """Limit *home* to what reclamation leaves open: without a hub, no timer calls that."""
     home.room = min(LOW_WATER, settings.max_idle_hub)
     home.watched = False
 
 
 def hand_over(idle: list[Pipe], shared: list[Pipe] = shared, settings: Settings = settings) -> None:
-    """Move what is in *idle* to the shared list, as far as that has room, and close the rest.
+    """Move the pipes in *idle* to the shared list while that has room; close the others.
 
-    Takes no lock, and no name of this module: it runs in finalizers, even at exit.
+    Takes no lock, and uses no global name, since finalizers call it, even at exit.
     """
     while True:
         try:
@@ -64,22 +64,22 @@ def hand_over(idle: list[Pipe], shared: list[Pipe] = shared, settings: Settings 
 
 
 class Keeper:
-    """Looks after a thread's list for as long as the thread lives."""
+    """Owns a thread's list: has its hub reclaim idle pipes, and empties it when the thread ends."""
 
     __slots__ = ("_hub", "_timer", "home")
 
     def __init__(self) -> None:
-        self.home = Home()
-        rest(self.home)
+        self.home = IdleList()
+        unwatch(self.home)
         homes.append(weakref.ref(self.home, homes.remove))
         self._hub: Callable[[], Any] = lambda: None
         self._timer: Any = None
 
     def watch(self) -> bool:
-        """Have the hub look for pipes to reclaim, and learn of its end; False if there is no hub.
+        """Have this thread's hub call reclaim() from time to time; return False if it has none.
 
-        Called in its thread. The main thread gets a hub if it has none; another thread, which would
-        have to destroy it, does not.
+        Makes a hub in the main thread if that has none. Not in another thread, which would have to
+        destroy it.
         """
         hub = get_hub_if_exists()
         if hub is None:
@@ -94,7 +94,7 @@ class Keeper:
         home = self.home
 
         def hub_ended(_: object) -> None:
-            rest(home)
+            unwatch(home)
             hand_over(home.idle)
 
         self._hub = weakref.ref(hub, hub_ended)
@@ -127,17 +127,17 @@ gc.callbacks.append(_on_gc)
 
 
 def reclaim() -> None:
-    """Close the pipes that were idle at the last call and since, but leave LOW_WATER idle.
+    """Close the pipes that have been idle since the last call, but leave LOW_WATER open.
 
     Called after every full garbage collection and, while a hub runs, every RECLAIM_PERIOD seconds.
-    It may interrupt any line of this package, on a thread that holds any of its locks.
+    So it may run between any two lines of this package, with any of its locks held.
     """
     lists = idle_lists()
     spare = sum(map(len, lists)) - LOW_WATER
     for idle in lists:
         for pipe in [*idle]:
-            if pipe.seen != pipe.uses:
-                pipe.seen = pipe.uses
+            if pipe.uses_seen != pipe.uses:
+                pipe.uses_seen = pipe.uses
             elif spare > 0:
                 try:
                     idle.remove(pipe)

@@ -1,8 +1,8 @@
 """Lending pipes and taking them back: the whole policy of the pool.
 
-After HAProxy's pool (``src/pipe.c``: a thread's own list, then a locked global one) and Go's
-(``sync.Pool``: what two collections in a row found unused is given up). The lists, and how idle
-pipes are given up, are in :mod:`gsplice._pool.idle`.
+Modelled on HAProxy's pool (``src/pipe.c``: a thread's own list, then a locked global one) and Go's
+(``sync.Pool``: what stays unused for two collections in a row is dropped). The lists, and the
+closing of idle pipes, are in :mod:`gsplice._pool.idle`.
 """
 
 from __future__ import annotations
@@ -19,35 +19,35 @@ from .._counters import counters
 from .._os.fork import around_fork, in_forked_child
 from ..config import settings
 from .idle import Keeper, idle_lists, shared
-from .pipe import IDLE, Home, Pipe, alive, closed_uses, keys, make, reserve
+from .pipe import IDLE, IdleList, Pipe, alive, closed_uses, keys, make, reserve
 
-#: Seconds for which the kernel is not asked for a pipe after it has refused one: that costs 12 us,
-#: and where a user's room is used up each transfer would ask many times.
+#: Seconds for which we don't ask the kernel for a pipe after it has refused one. Asking costs 12
+#: us, and while the user's pipe room is used up, each transfer would ask many times.
 REFUSED_PERIOD: Final = 0.1
 
-# Guards what depends on a count (is there room for one more?), never a descriptor. Native, never
-# gevent's; re-entrant, as a finalizer or a signal handler that uses the pool may run while this
-# very thread holds it.
+# Guards decisions that depend on a count (is there room for one more?), never a descriptor. Native,
+# not gevent's; re-entrant, because a finalizer or a signal handler may use the pool while its own
+# thread holds the lock.
 _new_lock: Callable[[], Any] = get_original("_thread", "RLock")
 _lock = _new_lock()
 _counts: Final = {"acquired_global": 0, "acquired_new": 0, "closed_uses": 0}
 
-#: Until when the kernel is not asked for a pipe, as it has just refused one.
+#: When we may ask the kernel again, in seconds of the monotonic clock.
 _refused_until = 0.0
 
-# A native thread has one hub at a time, and finding what belongs to the thread takes half as long
-# as finding the hub. _local.idle is its list, _local.keeper looks after that.
+# The lists are by thread, not by hub: a thread has one hub at a time, and finding a thread-local
+# takes half the time. _local.idle is the thread's list of idle pipes, _local.keeper its keeper.
 _local: Any = get_original("_thread", "_local")()
 
 
 def acquire() -> Pipe | None:
-    """Lend an empty pipe; None when there is none to be had, and bytes must go another way.
+    """Lend an empty pipe; None if there is none to be had, and bytes must go another way.
 
     Looks in the hub's own list, newest first, then in the shared one, then asks the kernel. On
-    exit the pipe is the caller's alone until :func:`release`, or until the last reference to it
-    goes, which closes it. Set ``pending`` to UNKNOWN before each system call that fills the pipe,
-    and to what is inside after it: with 0 the pipe would be lent again. Never waits, never raises;
-    the main thread gets a hub if it has none.
+    exit the pipe belongs to the caller alone until :func:`release`; dropping the last reference
+    closes it. Set ``pending`` to UNKNOWN before each system call that fills the pipe, and to the
+    bytes inside after it: while it is 0, release() takes the pipe for empty. Never waits, never
+    raises. Makes a hub in the main thread if that has none.
     """
     try:
         pipe: Pipe = _local.idle.pop()
@@ -61,15 +61,15 @@ def acquire() -> Pipe | None:
 
 
 def release(pipe: Pipe) -> None:
-    """Take back *pipe*: into the list of the hub that acquired it, or the shared one, or close it.
+    """Take *pipe* back: into the list of the hub that acquired it, or the shared one, or close it.
 
-    A pipe whose ``pending`` is not 0 is not known to be empty: it is closed. One that is ``lent``
-    to a thread is left to the thread. Raises ValueError for
-    a pipe that the pool has already: the second owner would mix its bytes with somebody else's.
+    If ``pending`` is not 0, the pipe may not be empty, and is closed. If it was left to a thread,
+    nothing is done: the thread closes it. Raises ValueError if the pool has the pipe already: two
+    later owners would mix their bytes.
     """
     home = pipe.home
     idle = home.idle
-    if pipe.pending or pipe.lent or len(idle) >= home.room:
+    if pipe.pending or pipe.left_to_thread or len(idle) >= home.room:
         _release_elsewhere(pipe)
     else:
         pipe.pending = IDLE
@@ -81,14 +81,14 @@ def _acquire_elsewhere() -> Pipe | None:
     pipe = _acquire_shared() or _acquire_new(keeper.home)
     if pipe is not None:
         pipe.home = keeper.home
-        keeper.watch()  # not before: without a descriptor left, no hub can be made either
+        keeper.watch()  # only with a pipe: if no descriptor is left, making a hub would fail
     return pipe
 
 
 def _acquire_shared() -> Pipe | None:
     with _lock:
         while shared:
-            with contextlib.suppress(IndexError):  # reclamation has just taken it
+            with contextlib.suppress(IndexError):  # reclamation has just taken the last
                 pipe = shared.pop()
                 if pipe.read_fd >= 0:
                     _counts["acquired_global"] += 1
@@ -98,7 +98,7 @@ def _acquire_shared() -> Pipe | None:
     return None
 
 
-def _acquire_new(home: Home) -> Pipe | None:
+def _acquire_new(home: IdleList) -> Pipe | None:
     global _refused_until
     if monotonic() < _refused_until:
         return None
@@ -115,16 +115,19 @@ def _acquire_new(home: Home) -> Pipe | None:
             with _lock:
                 _counts["acquired_new"] += 1
         return pipe
-    finally:  # a signal handler may have raised on any line
+    finally:  # also if a signal handler raised on any line: the key must not stay reserved
         if alive.get(key) is None:
             alive.pop(key, None)
 
 
 def _release_elsewhere(pipe: Pipe) -> None:
-    """Share *pipe* or close it: where no hub looks, nobody would give it up when it is old."""
+    """Put *pipe* into the shared list or close it, or leave it to the thread that it was left to.
+
+    It is shared only if a hub's timer reclaims idle pipes; else it could stay open for ever.
+    """
     if pipe.pending == IDLE:
         raise ValueError(f"{pipe!r} was released twice; it belongs to the pool already")
-    if pipe.lent:
+    if pipe.left_to_thread:
         return
     if pipe.pending == 0 and (pipe.home.watched or _keeper().watch()):
         with _lock:
@@ -136,7 +139,7 @@ def _release_elsewhere(pipe: Pipe) -> None:
 
 
 def _keeper() -> Keeper:
-    """Return the keeper of this thread's list, made at the first call."""
+    """Return the keeper of this thread's list; makes it at the first call."""
     try:
         return _local.keeper  # type: ignore[no-any-return]
     except AttributeError:
@@ -146,7 +149,7 @@ def _keeper() -> Keeper:
 
 
 def _add_up_closed() -> None:
-    """Count the uses of the pipes that were closed since the last time. Called under the lock."""
+    """Add up the uses of the pipes closed since the last call. Called under the lock."""
     with contextlib.suppress(IndexError):
         while True:
             _counts["closed_uses"] += closed_uses.popleft()
@@ -175,34 +178,34 @@ def _census() -> dict[str, int]:
     }
 
 
-#: For each fork under way, the lists and what was taken out of them.
-_aside: Final[list[list[tuple[list[Pipe], list[Pipe]]]]] = []
+#: For each fork under way, the lists and the pipes that were taken out of them.
+_hidden: Final[list[list[tuple[list[Pipe], list[Pipe]]]]] = []
 
 
 def _before_fork() -> None:
-    """Put idle pipes out of reach: a handler that runs in the child before ours may want one."""
-    _aside.append([])
+    """Empty the lists: in the child, a handler that runs before ours must get no pipe of these."""
+    _hidden.append([])
     for idle in idle_lists():
         taken: list[Pipe] = []
-        _aside[-1].append((idle, taken))
+        _hidden[-1].append((idle, taken))
         with contextlib.suppress(IndexError):
             while True:
                 taken.insert(0, idle.pop())
 
 
 def _after_fork_in_parent() -> None:
-    for idle, taken in _aside.pop():
-        idle[:0] = taken  # what has been released meanwhile is newer
+    for idle, taken in _hidden.pop():
+        idle[:0] = taken  # in front: pipes released meanwhile are newer
 
 
 def _after_fork_in_child() -> None:
-    """Close the parent's pipes, idle or lent: with both at work on one, both lose bytes."""
+    """Close the parent's pipes, idle or lent: parent and child would take each other's bytes."""
     global _lock
     _lock = _new_lock()
     for pipe in _open_pipes():
         if pipe.process != os.getpid():
             pipe.close()
-    _aside.clear()
+    _hidden.clear()
     for key in [key for key, ref in alive.items() if ref is None or ref() is None]:
         alive.pop(key, None)
 

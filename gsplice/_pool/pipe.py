@@ -15,55 +15,56 @@ from gevent.monkey import get_original
 from .._os.linux import F_GETPIPE_SZ, F_SETPIPE_SZ, LINUX, SPLICE_FLAGS, fcntl
 from ..config import KiB, MiB, settings
 
-#: Capacity of a new pipe by how many are open already: (up to this many pipes, at most this many
-#: bytes). An unprivileged user has 64 MiB of pipe room for all processes (``pipe-user-pages-soft``
-#: in pipe(7), Linux 4.5: 16,384 pages). Filled to ``max_pipes`` these steps take
+#: Capacity of a new pipe by how many are open: (up to this many pipes, so many bytes each). An
+#: unprivileged user has 64 MiB of pipe room for all processes (``pipe-user-pages-soft`` in pipe(7),
+#: Linux 4.5: 16,384 pages). With ``max_pipes`` open, these steps take
 #: 16 x 1 MiB + 48 x 256 KiB + 192 x 64 KiB = 40 MiB of it.
 CAPACITY_STEPS: Final = ((16, 1 * MiB), (64, 256 * KiB))
 
-#: Past the last step a pipe has the kernel's default. One that is granted less has two slots (the
-#: user's room is used up) and is not used: two system calls for 8 KiB cost more than read and send.
+#: The kernel's default, for pipes past the last step. If the kernel grants less, the user's room is
+#: used up and the pipe has two slots. It is not used: splicing 8 KiB at a time costs more than read
+#: and send.
 DEFAULT_CAPACITY: Final = 64 * KiB
 
 #: The number of the device /dev/null, null(4).
 _NULL_DEVICE: Final = os.makedev(1, 3)
 
-#: Values of :attr:`Pipe.pending` that are no number of bytes.
+#: Values of :attr:`Pipe.pending` that are not a number of bytes.
 UNKNOWN: Final = -1
 IDLE: Final = -2
 
-# gevent's version defers the close to the hub. Bound as defaults below, for finalizers that run
-# while the interpreter takes the module apart.
+# gevent's version defers the close to the hub. Bound as a default below, for finalizers that run at
+# exit, when the module's globals are gone.
 _close: Callable[[int], None] = get_original("os", "close")
 
 #: Every open pipe by its key; None while it is being made. ``len(alive)`` is how many there are.
 alive: Final[dict[int, weakref.ref[Pipe] | None]] = {}
 
-#: How often each closed pipe had been acquired, until somebody adds it up.
+#: The ``uses`` of each closed pipe, until the pool adds them up.
 closed_uses: Final[deque[int]] = deque()
 
 #: The keys of :data:`alive`, each used once.
 keys: Final = itertools.count()
 
 
-class Home:
-    """The idle pipes of one thread, to which those return that were lent from there."""
+class IdleList:
+    """The idle pipes of one thread; a pipe that was acquired in the thread returns there."""
 
     __slots__ = ("__weakref__", "idle", "room", "watched")
 
     def __init__(self) -> None:
         self.idle: list[Pipe] = []
-        #: Most pipes in the list: few without a hub, none when the thread has ended.
+        #: How many pipes the list may hold: few without a hub, none when the thread has ended.
         self.room = 0
-        #: Whether a hub looks at the list from time to time.
+        #: Whether a hub's timer reclaims its pipes.
         self.watched = False
 
 
 class Pipe:
     """A pipe of the pool, both ends non-blocking and closed on exec.
 
-    Dropping the last reference closes it. Nothing here waits or takes a lock, so that may happen
-    in any thread and inside a garbage collection.
+    Dropping the last reference closes it. That may happen in any thread and during a garbage
+    collection, because close() neither waits nor takes a lock.
     """
 
     __slots__ = (
@@ -71,33 +72,33 @@ class Pipe:
         "_key",
         "capacity",
         "home",
-        "lent",
+        "left_to_thread",
         "pending",
         "process",
         "read_fd",
-        "seen",
         "uses",
+        "uses_seen",
         "write_fd",
     )
 
     #: The descriptors; -1 once closed.
     read_fd: int
     write_fd: int
-    #: What the kernel granted, in bytes. How much fits depends on how it is cut, as socket data
-    #: takes a slot per segment: a full pipe may hold less or more.
+    #: What the kernel granted, in bytes. A full pipe may hold less or more, since each segment of a
+    #: socket's data takes a slot, whatever its size.
     capacity: int
-    #: Bytes known to be inside. 0 also means that the pipe may go back to the pool; UNKNOWN that a
-    #: fill is under way or was interrupted, or that the pipe is closed; IDLE that the pool has it.
+    #: How many bytes are inside; 0: the pipe may go back to the pool. UNKNOWN: a fill is under way
+    #: or was interrupted, or the pipe is closed. IDLE: the pool has it.
     pending: int
-    #: Whose list it goes back to.
-    home: Home
-    #: Whether a thread that is still at work on it will close it.
-    lent: bool
-    #: Who made it.
+    #: The list that it goes back to.
+    home: IdleList
+    #: Whether its greenlet was interrupted while a thread used it, so that the thread closes it.
+    left_to_thread: bool
+    #: The pid of the process that made it.
     process: int
-    #: How often it has been acquired, and how often it had been when reclamation last looked.
+    #: How often it has been acquired, and how often at the last reclamation.
     uses: int
-    seen: int
+    uses_seen: int
 
     def __init__(self, key: int, read_fd: int, write_fd: int) -> None:
         self._key = key
@@ -105,17 +106,17 @@ class Pipe:
         self.write_fd = write_fd
         self.capacity = 0
         self.pending = 0
-        self.lent = False
+        self.left_to_thread = False
         self.process = os.getpid()
         self.uses = 1
-        self.seen = 0
+        self.uses_seen = 0
         alive[key] = weakref.ref(self)
 
     def discard(self) -> None:
-        """Give up what the pipe holds, as its owner can get the bytes again.
+        """Splice what the pipe holds into /dev/null: its owner can read the bytes again.
 
-        On exit the pipe is empty; or it is not, as there is no /dev/null to be had, and the pool
-        will close it.
+        On exit ``pending`` is 0; or, if /dev/null can't be opened or refuses, it is what is left,
+        and release() closes the pipe. Raises nothing.
         """
         dropped = 1
         with contextlib.suppress(OSError):
@@ -123,9 +124,9 @@ class Pipe:
                 dropped = os.splice(self.read_fd, _null(), self.pending, flags=SPLICE_FLAGS)
                 self.pending -= dropped
 
-    def lend(self) -> None:
-        """Leave it to a thread that is still at work on it, which will close it."""
-        self.lent = True
+    def leave_to_thread(self) -> None:
+        """Have the thread that still uses it close it when the job ends."""
+        self.left_to_thread = True
 
     def close(
         self,
@@ -133,10 +134,10 @@ class Pipe:
         _close: Callable[[int], None] = _close,
         _closed_uses: deque[int] = closed_uses,
     ) -> None:
-        """Close both ends, once: later calls, from whichever thread, do nothing.
+        """Close both ends, once: later calls, from any thread, do nothing.
 
-        What the pipe still holds is lost. Raises nothing: close(2) releases the descriptor of a
-        pipe whatever it returns.
+        Bytes inside are lost. Lets out an error of close(2), by which the descriptor is released
+        all the same.
         """
         read_fd, write_fd = self.read_fd, self.write_fd
         if _forget(self._key, None) is None:
@@ -157,21 +158,21 @@ class Pipe:
         )
 
 
-#: Descriptors of /dev/null, kept for the life of the process: one, or more if threads raced.
+#: Descriptors of /dev/null, open for the life of the process: one, or more if threads raced.
 _nulls: Final[list[int]] = []
 
 
 def _null() -> int:
-    """Return a descriptor of /dev/null. Lets out the error of opening that.
+    """Return a descriptor of /dev/null. Lets out OSError if that can't be opened.
 
-    Each time it is made sure that the number is still that of /dev/null: a program may close what
-    it does not know, as daemons do, and bytes would go to whoever has the number then.
+    Checks each time that the number still is /dev/null: a program may close descriptors that it
+    does not know, as daemons do, and the bytes would go to whatever has the number next.
     """
     for fd in [*_nulls]:
         with contextlib.suppress(OSError):
             if os.fstat(fd).st_rdev == _NULL_DEVICE:
                 return fd
-        with contextlib.suppress(ValueError):  # another thread has just done it
+        with contextlib.suppress(ValueError):  # another thread has removed it
             _nulls.remove(fd)
     fd = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
     _nulls.append(fd)
@@ -179,7 +180,7 @@ def _null() -> int:
 
 
 def reserve(key: int, limit: int) -> bool:
-    """Count *key* as a pipe to be made, unless *limit* are open. Called under a lock."""
+    """Count *key* as open before make() is called; False if *limit* are. Called under a lock."""
     if len(alive) >= limit or not LINUX:
         return False
     alive[key] = None
@@ -187,16 +188,16 @@ def reserve(key: int, limit: int) -> bool:
 
 
 def capacity_of(number: int) -> int:
-    """Return the capacity to ask for the pipe that is the *number*-th open one, in bytes."""
+    """Return the capacity in bytes to ask for, for the *number*-th open pipe."""
     sizes = (size for most, size in CAPACITY_STEPS if number <= most)
     return min(settings.pipe_size, next(sizes, DEFAULT_CAPACITY))
 
 
-def make(key: int, home: Home) -> Pipe | None:
-    """Open the pipe that *key* was reserved for; None if there is none to be had.
+def make(key: int, home: IdleList) -> Pipe | None:
+    """Open the pipe that *key* was reserved for; None if there is none worth having.
 
-    The kernel refuses with EMFILE, ENFILE or ENOMEM (pipe(2)), a sandbox with whatever it likes,
-    and a user whose pipe room is used up gets two slots (pipe(7)), which are not worth having.
+    The kernel refuses with EMFILE, ENFILE or ENOMEM (pipe(2)), a sandbox with any errno, and a user
+    whose pipe room is used up gets a pipe of two slots (pipe(7)), which is closed again.
     """
     try:
         read_fd, write_fd = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
@@ -207,7 +208,7 @@ def make(key: int, home: Home) -> Pipe | None:
     wanted = capacity_of(len(alive))
     try:
         pipe.capacity = fcntl(write_fd, F_SETPIPE_SZ, wanted)
-    except OSError:  # EPERM: past the user's room; the pipe stays as it was made
+    except OSError:  # EPERM: the user's room is used up; the capacity stays as it was
         pipe.capacity = fcntl(write_fd, F_GETPIPE_SZ)
     if pipe.capacity < min(wanted, DEFAULT_CAPACITY):
         pipe.uses = 0

@@ -1,8 +1,7 @@
-"""One direction of a relay: what one stream socket gives goes to another, until it ends.
+"""One direction of a relay: from one stream socket to another, until the first one ends.
 
-Small messages are received and sent, a stream is spliced, and a direction changes between the two
-as what it carries changes. While it waits for its source
-it holds no pipe and no bytes.
+Small messages are received and sent, long streams are spliced; a direction switches between the two
+by how many bytes come at once. While it waits for its source it holds no pipe and no bytes.
 """
 
 from __future__ import annotations
@@ -19,16 +18,16 @@ from .._move.splice import stream_through_pool
 from .._move.transfer import Transfer
 from ..config import KiB
 
-#: A relay receives at most so much at once, as programs on gevent do; after a full read it splices,
-#: which costs the same at 40 KB and half as much at 400 KB (benchmarks/relay.py).
+#: Most bytes received at once, as programs on gevent do. After a full read the direction splices:
+#: that costs the same at 40 KB and half as much at 400 KB (benchmarks/relay.py).
 READ: Final = 64 * KiB
 
-#: A relay through methods counts what it has sent after each so many bytes: the most in a record of
-#: TLS (RFC 8446, 5.1), which goes as a whole.
+#: A relay through methods sends, and counts, so many bytes at once: the most in a record of TLS,
+#: which can't be sent in part (RFC 8446, 5.1).
 RECORD: Final = 16 * KiB
 
-#: After so many fills in a row of less than READ it receives again. After one, the end of each big
-#: message would be taken for the end of the stream.
+#: After so many fills of less than READ in a row, the direction receives again. Not after one,
+#: which may be just the end of a big message.
 SHORT_FILLS: Final = 2
 
 
@@ -40,17 +39,17 @@ class Spliced(Transfer):
     def __init__(self, src: Socket, dst: Socket, initial: bytes) -> None:
         super().__init__(src, dst)
         self._initial = initial
-        #: How many fills in a row were small.
+        #: How many fills in a row were less than READ.
         self._short_fills = 0
-        #: False: the kernel will not splice between the two.
+        #: Whether the kernel splices between the two.
         self._splices = True
 
     def run(self) -> None:
-        """Forward the initial bytes and all that comes until the source ends.
+        """Forward the initial bytes, and then all that the source gives, until it ends.
 
         On entry no other greenlet reads from the source or writes to the destination. On exit
-        everything is delivered. Lets out what recv(2), send(2) and splice(2) say of the two, what
-        waiting for them raises, and what is thrown into the greenlet while it waits.
+        everything is delivered. Lets out the errors of recv(2), send(2) and splice(2), of waiting
+        for the sockets, and what is thrown into the greenlet while it waits.
         """
         initial, self._initial = self._initial, b""
         write(self, initial)
@@ -63,17 +62,17 @@ class Spliced(Transfer):
                 self._splices = reason == "no_pipe"
 
     def half_close(self) -> None:
-        """Pass the end of the source on. Lets out what shutdown(2) says."""
+        """Tell the destination's peer that the source has ended. Lets out errors of shutdown(2)."""
         _half_close(self.dst.sock)
 
     def finish(self) -> None:
         """Do nothing: when both directions have ended, both peers know."""
 
     def _copy(self) -> bool:
-        """Receive and send. True: the last read was full, and splice may do; False: *src* ended.
+        """Receive and send until a read is full and splicing is possible, or the source ends.
 
-        On exit everything received is delivered. A read that was not full has left nothing for
-        another one, so the source is waited for. Lets out what :meth:`run` does.
+        Returns whether to splice now. On exit everything received is delivered. Lets out what
+        :meth:`run` does.
         """
         receive, send = self.src.sock._sock.recv, self.dst.sock._sock.send
         while True:
@@ -89,26 +88,26 @@ class Spliced(Transfer):
             except BlockingIOError:
                 sent = 0
             else:
-                self.moved(sent, "bytes_copied")
+                self.count_delivered(sent, "bytes_copied")
             if sent < len(data):
                 write(self, data[sent:])
             full = len(data) == READ
             del data  # an idle relay holds no bytes
-            if not full:
+            if not full:  # the socket is empty now
                 self.wait(self.src.wait_read)
             elif self._splices:
                 return True
             else:
                 self.give_way()
 
-    def goes_on(self, filled: int) -> bool:
-        """Go on splicing until several fills in a row were no more than a read would have been."""
+    def keep_splicing(self, filled: int) -> bool:
+        """Return False after SHORT_FILLS fills in a row of less than READ bytes."""
         self._short_fills = self._short_fills + 1 if filled < READ else 0
         return self._short_fills < SHORT_FILLS
 
 
 class ThroughMethods(Account):
-    """Bytes from one socket to another, of any kind, by their own ``recv`` and ``sendall``."""
+    """From one socket of any kind to another, by their own ``recv`` and ``sendall``."""
 
     __slots__ = ("_dst", "_initial", "_src")
 
@@ -126,7 +125,7 @@ class ThroughMethods(Account):
                 piece = data[begin : begin + RECORD]
                 self._dst.sendall(piece)
                 self.check_process()
-                self.passed(len(piece))
+                self.count_elsewhere(len(piece))
                 del piece
             del data  # an idle relay holds no bytes
             data = self._src.recv(READ)
@@ -135,28 +134,31 @@ class ThroughMethods(Account):
                 break
 
     def half_close(self) -> None:
-        """Pass the end of the source on, but not to a TLS socket. Lets out what shutdown() does."""
+        """Do what :meth:`Spliced.half_close` does, but not to a TLS socket."""
         if not _is_tls(self._dst):
             _half_close(self._dst)
 
     def finish(self) -> None:
-        """Tell a TLS peer, which has ended as well, that the stream was whole (close_notify)."""
+        """Send a TLS peer close_notify, when it has ended as well: the stream was complete.
+
+        Lets out TimeoutError.
+        """
         if _is_tls(self._dst):
             try:
                 self._dst.unwrap()
             except TimeoutError:
                 raise
-            except (OSError, ValueError):  # it has gone already
+            except (OSError, ValueError):  # the peer has gone already
                 pass
 
 
 def _is_tls(sock: Any) -> bool:
-    """Say whether *sock* speaks TLS; its shutdown() would end decryption as well."""
+    """Return whether *sock* is a TLS socket, whose shutdown() would end decryption as well."""
     return hasattr(sock, "unwrap")
 
 
 def _half_close(sock: Any) -> None:
-    """Tell the peer of *sock* that no more bytes come, unless it has gone already (ENOTCONN)."""
+    """Shut *sock* down for writing. Lets out the error, unless the peer has gone (ENOTCONN)."""
     try:
         sock.shutdown(SHUT_WR)
     except OSError as err:

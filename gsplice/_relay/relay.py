@@ -16,11 +16,11 @@ from .._os.fork import forked_error
 from .._os.hub import hub_to_serve
 from .direction import Spliced, ThroughMethods
 
-#: How often in an idle timeout the counts are looked at: it may be so much of it late.
-_LOOKS: Final = 8
+#: How often in an idle timeout the timer checks the counts: it may end late by one such period.
+_LOOKS_PER_TIMEOUT: Final = 8
 
-#: Seconds between two looks at the most; libuv knows no timer without end.
-_SELDOM: Final = 3600.0
+#: Most seconds between two checks: libuv has no infinite timer.
+_LONGEST_PERIOD: Final = 3600.0
 
 
 class RelayResult(NamedTuple):
@@ -92,7 +92,7 @@ def _directions(
 
 
 def _check(name: str, sock: Any) -> None:
-    """Pass if the methods of *sock*, which is not taken, can be used instead."""
+    """Raise TypeError or ValueError if relay() can't use the methods of *sock* either."""
     if hub_to_serve() is None:
         raise ValueError(
             "relay() waits, which can be done in a greenlet, but not in the hub itself"
@@ -116,9 +116,9 @@ def _check(name: str, sock: Any) -> None:
 class _Both:
     """Both directions of a relay: *there* in the calling greenlet, *back* in one of its own.
 
-    The two wake and end each other by callbacks of the loop only, as gevent's greenlets do: to
-    unwind one where the loop has called another may close a timer that is due as well, and libuv
-    keeps a list of these on the hub's stack, which is not in its place then.
+    The two wake and end each other only by callbacks of the loop, as gevent's greenlets do. libuv
+    keeps its list of due timers on the hub's C stack. Unwinding a greenlet inside a loop callback
+    could close a timer on that list while the hub's stack is switched out.
     """
 
     __slots__ = (
@@ -141,9 +141,9 @@ class _Both:
         self._caller: Any = getcurrent()
         #: The calling greenlet, while it does nothing but wait for *back* to end.
         self._waiting: Any = None
-        #: The callback that starts *back*, until it has.
+        #: The callback that starts *back*, until it has run.
         self._start: Any = None
-        #: What the calling greenlet has to raise.
+        #: The exception that the calling greenlet has to raise.
         self._error: BaseException | None = None
 
     def result(self) -> RelayResult:
@@ -151,10 +151,11 @@ class _Both:
         return RelayResult(self._there.delivered, self._back.delivered)
 
     def run(self, idle_timeout: float | None) -> None:
-        """Run both until both have ended, or one has failed. On exit neither runs.
+        """Run both directions until both have ended, or one has failed. On exit neither runs.
 
-        If the calling greenlet is thrown something else while it ends the other direction, that
-        one ends in the loop's next turn, before anything else happens.
+        Exception: if something is thrown into the calling greenlet while it ends the other
+        direction, that direction ends in the loop's next turn. Lets out what the directions do,
+        TimeoutError, and what is thrown into the calling greenlet.
         """
         loop = self._hub.loop
         timer = None if idle_timeout is None else self._end_when_idle(idle_timeout)
@@ -179,7 +180,7 @@ class _Both:
 
     def _forward(self, direction: Spliced | ThroughMethods) -> None:
         direction.run()
-        # After a reset one direction gets the error, and then the other one an end of file.
+        # After a reset one direction gets the error, and the other then reads an end of file.
         if self._error is None and self._caller is not None:
             direction.half_close()
 
@@ -190,7 +191,7 @@ class _Both:
         except BaseException as err:  # noqa: BLE001  (the calling greenlet raises it)
             self._error = err
         self._back_ended = True
-        self._hub.loop.run_callback(self._tell)
+        self._hub.loop.run_callback(self._report)
 
     def _wait_for_back(self) -> None:
         try:
@@ -200,8 +201,8 @@ class _Both:
         finally:
             self._waiting = None
 
-    def _tell(self) -> None:
-        """Run by the loop: raise the error in the calling greenlet, or say that *back* ended."""
+    def _report(self) -> None:
+        """Raise the error in the calling greenlet, or wake it as *back* ended. A loop callback."""
         error, self._error = self._error, None
         if error is not None and self._caller is not None:
             self._caller.throw(error)
@@ -209,23 +210,23 @@ class _Both:
             self._waiting.switch()
 
     def _end_when_idle(self, timeout: float) -> Any:
-        """Return a timer that has the calling greenlet raise TimeoutError."""
+        """Start a timer that raises TimeoutError in the calling greenlet; return it."""
         seen = self.result()
         since = monotonic()
 
-        def look() -> None:
+        def check() -> None:
             nonlocal seen, since
-            if not self._there.is_ours():
+            if not self._there.began_here():
                 self._error = forked_error()
-                self._hub.loop.run_callback(self._tell)
+                self._hub.loop.run_callback(self._report)
             elif self.result() != seen:
                 seen, since = self.result(), monotonic()
             elif monotonic() - since >= timeout:
                 text = f"neither direction has delivered a byte for {timeout:g} seconds"
                 self._error = TimeoutError(text)
-                self._hub.loop.run_callback(self._tell)
+                self._hub.loop.run_callback(self._report)
 
-        every = max(min(timeout, _SELDOM * _LOOKS) / _LOOKS, 0.001)
+        every = max(min(timeout, _LONGEST_PERIOD * _LOOKS_PER_TIMEOUT) / _LOOKS_PER_TIMEOUT, 0.001)
         timer = self._hub.loop.timer(every, every)
-        timer.start(look)
+        timer.start(check)
         return timer

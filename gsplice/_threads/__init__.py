@@ -1,1 +1,1 @@
-"""The threads that wait for disks, a few for each hub, and what they own while they do."""
+"""The threads of each hub that wait for disks, and the resources that their jobs use."""

@@ -1,4 +1,4 @@
-"""A job for a thread, and what it borrows from the greenlet that waits for it."""
+"""A job for a thread, and the resources that it shares with the greenlet that waits for it."""
 
 from __future__ import annotations
 
@@ -8,62 +8,74 @@ from typing import Any, Protocol
 from .._os.results import answer
 
 
-class Loan(Protocol):
-    """Something of the greenlet's that a thread uses as well: a pipe, a duplicate."""
+class Resource(Protocol):
+    """Something of the greenlet's that the job uses as well: a pipe, a duplicate, a lock."""
 
-    #: Whether the thread has it for good, as its greenlet has ended first.
-    lent: bool
+    #: Whether the greenlet has given up, so that the thread will close it.
+    left_to_thread: bool
 
-    def lend(self) -> None:
-        """Leave it to the thread for good. Called on the hub."""
+    def leave_to_thread(self) -> None:
+        """Have the thread close it when the job ends. Called on the hub."""
 
     def close(self) -> None:
-        """Give it up. Called on the thread, if it was left to that."""
+        """Close it. Called on the thread, if the greenlet has left it to that."""
 
 
 class Job:
     """A job on its way to a thread and back, which the greenlet may give up at any time.
 
     Greenlet and thread race to pop two one-element lists; pop is atomic. The winner of _first
-    decides whether the job begins. The loser of _last closes the loans.
+    decides whether the job begins. The loser of _last closes the resources.
     """
 
-    __slots__ = ("_args", "_fds", "_first", "_job", "_last", "_loans")
+    __slots__ = ("_args", "_fds", "_first", "_job", "_last", "_resources")
 
     def __init__(
-        self, job: Callable[..., Any], fds: Sequence[int], args: Any, loans: Sequence[Loan]
+        self,
+        job: Callable[..., Any],
+        fds: Sequence[int],
+        args: Any,
+        resources: Sequence[Resource],
     ) -> None:
         self._job = job
         self._fds = fds
         self._args = args
-        self._loans = loans
+        self._resources = resources
         self._first, self._last = [None], [None]
 
     def __call__(self) -> Any:
-        """Do the job. Called on the thread."""
+        """Do the job; return its result, or minus the errno of its OSError. Called on the thread.
+
+        Returns None if the greenlet has given up before the job began.
+        """
         if not _take(self._first):
             return None
         try:
             return answer(self._job, *self._fds, *self._args)
         finally:
-            is_ours = not _take(self._last)  # before the loans are forgotten: see give_up()
-            loans, self._loans, self._args = self._loans, (), ()  # the thread's frame may live on
-            if is_ours:
-                for loan in loans:
-                    loan.close()
+            we_close = not _take(self._last)  # before _resources is cleared: see give_up()
+            resources = self._resources
+            self._resources = self._args = ()  # the thread may hold on to this job until its next
+            if we_close:
+                for resource in resources:
+                    resource.close()
 
     def give_up(self) -> bool:
-        """Leave the loans to the thread, if it is using them; say whether it began. On the hub."""
-        loans = self._loans
+        """Stop waiting for the job; return whether it has begun. Called on the hub.
+
+        If it has begun and not ended, its resources are left to the thread.
+        """
+        resources = self._resources  # the thread clears it when the job ends
         if _take(self._first):
             return False
         if _take(self._last):
-            for loan in loans:
-                loan.lend()
+            for resource in resources:
+                resource.leave_to_thread()
         return True
 
 
 def _take(tokens: list[None]) -> bool:
+    """Pop the one token of a list; return False if the other side has it."""
     try:
         tokens.pop()
     except IndexError:

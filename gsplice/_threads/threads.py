@@ -22,17 +22,18 @@ from .._os.fork import forked_error, in_forked_child
 from .._os.hub import hub_to_serve
 from .._os.results import answer
 from ..config import settings
-from .job import Job, Loan
+from .job import Job, Resource
 
-#: Where a hub keeps its threads. They end when they have been idle for as long as gevent's own may
-#: be (``GEVENT_THREADPOOL_IDLE_TASK_TIMEOUT``).
+#: The attribute of a hub that holds its threads. An idle thread ends when one of gevent's own would
+#: (``GEVENT_THREADPOOL_IDLE_TASK_TIMEOUT``).
 _ATTRIBUTE: Final = "_gsplice_threads"
 
 
 def threads() -> Threads | None:
-    """Return the threads of this greenlet's hub; None where nobody could run meanwhile.
+    """Return the threads of this greenlet's hub; None where a job is to be done without one.
 
-    None, too, as long as no descriptor is left to import gevent's pool with.
+    That is where ``offload`` is "never", where no other greenlet could run meanwhile, and as long
+    as no descriptor is left to import gevent's thread pool with.
     """
     hub = None if settings.offload == "never" else hub_to_serve()
     if hub is None:
@@ -44,31 +45,31 @@ def threads() -> Threads | None:
     return made
 
 
-class TurnToWrite:
-    """The right to have a thread write to a file, which lasts as long as that writes."""
+class WriteLock:
+    """Held while a thread writes to a file, so that no other greenlet moves its position."""
 
-    __slots__ = ("_hub", "_semaphore", "lent")
+    __slots__ = ("_hub", "_semaphore", "left_to_thread")
 
     def __init__(self, hub: Any, semaphore: Semaphore) -> None:
         self._hub = hub
         self._semaphore = semaphore
-        self.lent = False
+        self.left_to_thread = False
 
-    def lend(self) -> None:
-        """Leave it to a thread for good."""
-        self.lent = True
+    def leave_to_thread(self) -> None:
+        """Have the thread release it when the job ends."""
+        self.left_to_thread = True
 
-    def end(self) -> None:
-        """End it. Called on the hub."""
+    def release(self) -> None:
+        """Let the next greenlet write. Called on the hub."""
         self._semaphore.release()
 
     def close(self) -> None:
-        """End it. Called on a thread."""
+        """Have the hub release it. Called on the thread that it was left to."""
         self._hub.loop.run_callback_threadsafe(self._semaphore.release)
 
 
 class Threads:
-    """The threads of one hub, and who waits for one."""
+    """The threads of one hub, and the queue of greenlets that want one."""
 
     __slots__ = ("_busy", "_pool", "_queue", "_running", "_writers", "waiting")
 
@@ -79,13 +80,13 @@ class Threads:
         idle = config.threadpool_idle_task_timeout
         self._pool = ThreadPool(settings.threads, hub=hub, idle_task_timeout=idle)
         self._queue: deque[tuple[frozenset[int], Event]] = deque()
-        #: How many jobs are under way, and how many of them for each device.
+        #: How many jobs have a thread, and how many of them use each device.
         self._busy = 0
         self._running: Counter[int] = Counter()
         self._writers: weakref.WeakValueDictionary[Hashable, Semaphore] = (
             weakref.WeakValueDictionary()
         )
-        #: The greenlets that wait, for a thread or for the end of their job.
+        #: Greenlets that wait for a thread, for their job, or for a write lock.
         self.waiting: set[Any] = set()
 
     def run(
@@ -94,41 +95,43 @@ class Threads:
         job: Callable[..., Any],
         fds: Sequence[int],
         args: tuple[Any, ...],
-        loans: Sequence[Loan],
+        resources: Sequence[Resource],
     ) -> Any:
         """Do ``job(*fds, *args)`` on a thread while the hub serves others.
 
-        Returns what the job returns, or minus the errno of its OSError: what is raised here was
-        thrown into the greenlet that waits. The job may be under way then, and *loans*, which are
-        all that it uses, are the thread's: it closes them when the job ends.
+        Returns what the job returns, or minus the errno of its OSError. Lets out only what is
+        thrown into the waiting greenlet. If the job is under way then, *resources* (all that it
+        uses) are left to the thread, which closes them when the job ends.
 
-        Jobs for one of the *devices* get half the threads at the most; whoever comes first is
-        served first. If no thread can be started, the job is done here.
+        Jobs that use one of the *devices* get at most half the threads; first come, first served.
+        If no thread can be started, the job is done in this greenlet.
         """
-        turn = frozenset(devices)
+        used = frozenset(devices)
         greenlet = getcurrent()
         self.waiting.add(greenlet)
         try:
-            self._wait_for_turn(turn)
-            task = Job(job, fds, args, loans)
+            self._wait_for_slot(used)
+            task = Job(job, fds, args, resources)
             result = None
             try:
-                result = self._pool.spawn(task)  # does not wait, as there is a thread for it
-                result.rawlink(lambda _: self._end_turn(turn))
+                result = self._pool.spawn(
+                    task
+                )  # does not wait: our slot means that a thread is free
+                result.rawlink(lambda _: self._free_slot(used))
                 counters.add("offloads", 1)
                 return result.get()
             except BaseException as err:
                 begun = task.give_up()
                 if result is None:
-                    self._end_turn(turn)
+                    self._free_slot(used)
                     if not begun and isinstance(err, (RuntimeError, MemoryError)):
                         return answer(job, *fds, *args)
                 raise
         finally:
             self.waiting.discard(greenlet)
 
-    def turn_to_write(self, file: Hashable) -> TurnToWrite:
-        """Wait until no thread writes to *file*; return what ends the turn that begins then."""
+    def write_lock(self, file: Hashable) -> WriteLock:
+        """Wait until no thread writes to *file*; return the lock, which the caller then holds."""
         semaphore = self._writers.get(file)
         if semaphore is None:
             semaphore = self._writers[file] = Semaphore()
@@ -138,47 +141,47 @@ class Threads:
             semaphore.acquire()
         finally:
             self.waiting.discard(greenlet)
-        return TurnToWrite(self._pool.hub, semaphore)
+        return WriteLock(self._pool.hub, semaphore)
 
-    def _may_run(self, turn: frozenset[int]) -> bool:
+    def _may_run(self, devices: frozenset[int]) -> bool:
         threads = settings.threads
         most = (threads + 1) // 2
-        return self._busy < threads and all(self._running[device] < most for device in turn)
+        return self._busy < threads and all(self._running[device] < most for device in devices)
 
-    def _wait_for_turn(self, turn: frozenset[int]) -> None:
-        if self._may_run(turn):  # no one in the queue may
-            self._begin_turn(turn)
+    def _wait_for_slot(self, devices: frozenset[int]) -> None:
+        if self._may_run(devices):  # overtakes nobody: _free_slot() left only jobs that may not
+            self._take_slot(devices)
             return
-        place = turn, Event()
+        place = devices, Event()
         self._queue.append(place)
         try:
             place[1].wait()
         except BaseException:
             if place[1].is_set():
-                self._end_turn(turn)
+                self._free_slot(devices)
             else:
                 self._queue.remove(place)
             raise
 
-    def _begin_turn(self, turn: frozenset[int]) -> None:
+    def _take_slot(self, devices: frozenset[int]) -> None:
         self._busy += 1
-        self._running.update(turn)
+        self._running.update(devices)
 
-    def _end_turn(self, turn: frozenset[int]) -> None:
+    def _free_slot(self, devices: frozenset[int]) -> None:
         self._busy -= 1
-        self._running.subtract(turn)
+        self._running.subtract(devices)
         self._running += Counter()  # forgets the devices that nobody uses
         for place in [*self._queue]:
             if self._may_run(place[0]):
                 self._queue.remove(place)
-                self._begin_turn(place[0])
+                self._take_slot(place[0])
                 place[1].set()
 
 
 def _after_fork_in_child() -> None:
-    """Have the greenlets that wait for a thread give up: in the child there is none.
+    """End the waits of a forked child's greenlets, since its parent's threads don't exist there.
 
-    They are not switched to from here; the hub does that when it runs.
+    The hub switches to them when it runs next, not this handler.
     """
     hub = get_hub_if_exists()
     threads = hub.__dict__.pop(_ATTRIBUTE, None) if hub is not None else None

@@ -49,7 +49,7 @@ class BlockingPipe:
         return self.holds() > fcntl.fcntl(self.read_fd, fcntl.F_GETPIPE_SZ) - 4 * KiB
 
     def holds(self) -> int:
-        return CallersPipe(None, open(self.read_fd, "rb", 0, closefd=False)).holds()
+        return CallersPipe(None, open(self.read_fd, "rb", 0, closefd=False)).available()
 
     def copying(self, copy: Callable[..., Any] = gsplice.copy) -> gevent.Greenlet:
         """Start to copy; return when the pipe is full and its room is waited for."""
@@ -227,7 +227,7 @@ def copy():
         return errno.errorcode[err.errno]
 copying = gevent.spawn(copy)
 with gevent.Timeout(30):
-    while reader.holds() < 60_000:
+    while reader.available() < 60_000:
         gevent.sleep(0)
 pid = gevent.os.fork_gevent()
 if pid == 0:

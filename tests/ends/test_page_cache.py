@@ -30,7 +30,7 @@ def warm(fd: int, offset: int, length: int) -> None:
 def asked(fd: int) -> Residency:
     """Return what is asked about the file, when a thread has learned its filesystem's type."""
     status = os.fstat(fd)
-    page_cache.learn_filesystems((status.st_dev,), lambda fd: None, fd)
+    page_cache.learn_filesystems_and_run((status.st_dev,), lambda fd: None, fd)
     return Residency(status)
 
 
@@ -81,16 +81,16 @@ def far(slow: SlowFS, request: pytest.FixtureRequest) -> Iterator[int]:
 
 def test_all_in_the_page_cache(disk: int) -> None:
     cache = asked(disk)
-    assert cache.ready(disk, 0, 8 * MiB) == 8 * MiB
-    assert cache.ready(disk, 100, 1000) == 1000
-    assert cache.ready(disk, 8 * MiB - 5, 5) == 5
+    assert cache.cached(disk, 0, 8 * MiB) == 8 * MiB
+    assert cache.cached(disk, 100, 1000) == 1000
+    assert cache.cached(disk, 8 * MiB - 5, 5) == 5
 
 
 def test_nothing_in_the_page_cache(disk: int) -> None:
     drop(disk)
     cache = asked(disk)
-    assert cache.ready(disk, 0, 8 * MiB) == 0
-    assert cache.ready(disk, 5 * MiB, 1) == 0
+    assert cache.cached(disk, 0, 8 * MiB) == 0
+    assert cache.cached(disk, 5 * MiB, 1) == 0
 
 
 def test_it_ends_before_a_hole_in_the_page_cache(disk: int) -> None:
@@ -98,8 +98,8 @@ def test_it_ends_before_a_hole_in_the_page_cache(disk: int) -> None:
     warm(disk, 0, 1 * MiB)
     warm(disk, 2 * MiB, 6 * MiB)
     assert not in_core(disk, 1 * MiB, 1)
-    assert asked(disk).ready(disk, 0, 4 * MiB) == 1 * MiB
-    assert asked(disk).ready(disk, 2 * MiB, 4 * MiB) == 4 * MiB
+    assert asked(disk).cached(disk, 0, 4 * MiB) == 1 * MiB
+    assert asked(disk).cached(disk, 2 * MiB, 4 * MiB) == 4 * MiB
 
 
 def test_each_stride_counts(disk: int) -> None:
@@ -107,7 +107,7 @@ def test_each_stride_counts(disk: int) -> None:
     warm(disk, 0, 2 * STRIDE)
     warm(disk, 3 * STRIDE, 8 * MiB - 3 * STRIDE)
     assert not in_core(disk, 2 * STRIDE, 1)
-    assert asked(disk).ready(disk, 0, 4 * MiB) == 2 * STRIDE
+    assert asked(disk).cached(disk, 0, 4 * MiB) == 2 * STRIDE
 
 
 def test_nobody_can_choose_what_goes_unnoticed(disk: int) -> None:
@@ -116,36 +116,36 @@ def test_nobody_can_choose_what_goes_unnoticed(disk: int) -> None:
     for offset in range(0, 8 * MiB, STRIDE):
         for page in (offset, offset + STRIDE - 4 * KiB):
             warm(disk, page, 4 * KiB)
-    assert asked(disk).ready(disk, 0, 8 * MiB) < 8 * MiB
+    assert asked(disk).cached(disk, 0, 8 * MiB) < 8 * MiB
 
 
 def test_what_was_only_read_ahead_does_not_count(disk: int) -> None:
     """Its last page may be resident and its next one under way."""
     drop(disk)
     warm(disk, 0, 1 * MiB)
-    assert asked(disk).ready(disk, 0, 512 * KiB) == 0
+    assert asked(disk).cached(disk, 0, 512 * KiB) == 0
     warm(disk, 512 * KiB + READ_AHEAD, 4 * KiB)
-    assert asked(disk).ready(disk, 0, 512 * KiB) == 512 * KiB
+    assert asked(disk).cached(disk, 0, 512 * KiB) == 512 * KiB
 
 
 def test_nobody_asks_for_a_stretch_where_the_disk_was_met(disk: int) -> None:
     drop(disk)
     cache = asked(disk)
-    assert cache.ready(disk, 0, 1 * MiB) == 0
+    assert cache.cached(disk, 0, 1 * MiB) == 0
     warm(disk, 0, 8 * MiB)
-    assert cache.ready(disk, COLD_STRETCH - 1, 1 * MiB) == 0
-    assert cache.ready(disk, COLD_STRETCH, 1 * MiB) == 1 * MiB
+    assert cache.cached(disk, COLD_STRETCH - 1, 1 * MiB) == 0
+    assert cache.cached(disk, COLD_STRETCH, 1 * MiB) == 1 * MiB
 
 
 def test_the_stretch_grows(tmp_path: Path) -> None:
     with opened(file_of(tmp_path / "file", 16 * MiB)) as fd:
         drop(fd)
         cache = asked(fd)
-        assert cache.ready(fd, 0, 1 * MiB) == 0
-        assert cache.ready(fd, COLD_STRETCH, 1 * MiB) == 0
+        assert cache.cached(fd, 0, 1 * MiB) == 0
+        assert cache.cached(fd, COLD_STRETCH, 1 * MiB) == 0
         warm(fd, 0, 16 * MiB)
-        assert cache.ready(fd, 3 * COLD_STRETCH - 1, 1 * MiB) == 0
-        assert cache.ready(fd, 3 * COLD_STRETCH, 1 * MiB) == 1 * MiB
+        assert cache.cached(fd, 3 * COLD_STRETCH - 1, 1 * MiB) == 0
+        assert cache.cached(fd, 3 * COLD_STRETCH, 1 * MiB) == 1 * MiB
 
 
 @pytest.mark.parametrize("believed", [1e9, -1])
@@ -154,14 +154,14 @@ def test_an_answer_is_believed_for_some_time(
 ) -> None:
     monkeypatch.setattr(page_cache, "BELIEVED", believed)
     cache = asked(disk)
-    assert cache.ready(disk, 0, 4 * MiB) == 4 * MiB
+    assert cache.cached(disk, 0, 4 * MiB) == 4 * MiB
     drop(disk)
-    assert cache.ready(disk, 1 * MiB, 1 * MiB) == (1 * MiB if believed > 0 else 0)
+    assert cache.cached(disk, 1 * MiB, 1 * MiB) == (1 * MiB if believed > 0 else 0)
 
 
 def test_at_the_end_and_beyond(disk: int) -> None:
-    assert asked(disk).ready(disk, 8 * MiB, 1) == 0
-    assert asked(disk).ready(disk, 9 * MiB, 1) == 0
+    assert asked(disk).cached(disk, 8 * MiB, 1) == 0
+    assert asked(disk).cached(disk, 9 * MiB, 1) == 0
     assert asked(disk).read(disk, 8 * MiB, 10) == b""
     assert asked(disk).read(disk, 8 * MiB - 3, 10) == some_bytes(8 * MiB)[-3:]
 
@@ -181,7 +181,7 @@ def test_a_read_ends_before_what_is_missing(disk: int) -> None:
 
 def test_a_bad_descriptor_raises_in_reading_only(tmp_path: Path) -> None:
     with opened(file_of(tmp_path / "file", 100), os.O_WRONLY) as fd:
-        assert asked(fd).ready(fd, 0, 100) == 0
+        assert asked(fd).cached(fd, 0, 100) == 0
         with pytest.raises(OSError, match="Bad file descriptor"):
             read_resident(fd, 0, 100)
 
@@ -192,27 +192,27 @@ def test_a_bad_descriptor_raises_in_reading_only(tmp_path: Path) -> None:
 def test_tmpfs_needs_no_disk(memory: int) -> None:
     assert filesystem_type(memory) == TMPFS
     cache = asked(memory)
-    assert cache.ready(memory, 0, 1 * MiB) == 1 * MiB
+    assert cache.cached(memory, 0, 1 * MiB) == 1 * MiB
     assert cache.read(memory, 5, 10) == some_bytes(1 * MiB)[5:15]
 
 
 def test_the_kernels_own_files_need_no_disk() -> None:
     with opened(Path("/proc/self/status"), os.O_RDONLY) as fd:
-        assert asked(fd).ready(fd, 0, 1) == 1
+        assert asked(fd).cached(fd, 0, 1) == 1
 
 
 def test_a_type_is_not_asked_for_on_the_hub(memory: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """On FUSE, statfs(2) waits for the server."""
     monkeypatch.setattr(page_cache, "_types", {})
     cache = Residency(os.fstat(memory))
-    assert cache.ready(memory, 0, 1) == 0
+    assert cache.cached(memory, 0, 1) == 0
     assert cache.read(memory, 0, 1) is None
-    assert cache.write_waits(1)
+    assert cache.write_may_wait(1)
     asked(memory)
-    assert cache.ready(memory, 0, 1) == 1
-    assert not cache.write_waits(1)
+    assert cache.cached(memory, 0, 1) == 1
+    assert not cache.write_may_wait(1)
     monkeypatch.setattr(page_cache, "TYPE_BELIEVED", -1)
-    assert cache.write_waits(1)
+    assert cache.write_may_wait(1)
 
 
 # ---- FUSE, where RWF_NOWAIT has no answer
@@ -227,9 +227,9 @@ def test_fuse_has_no_answer_of_its_own(far: int) -> None:
 def test_fuse_is_not_asked(far: int) -> None:
     """What mmap(2) and munmap(2) do there may need the server."""
     warm(far, 0, 8 * MiB)
-    assert asked(far).ready(far, 0, 1 * MiB) == 0
+    assert asked(far).cached(far, 0, 1 * MiB) == 0
     assert asked(far).read(far, 0, 100) is None
-    assert asked(far).close_waits()
+    assert asked(far).close_may_wait()
 
 
 def test_overlayfs_in_the_page_cache_or_not(tmp_path: Path) -> None:
@@ -243,11 +243,11 @@ def test_overlayfs_in_the_page_cache_or_not(tmp_path: Path) -> None:
         opened(tmp_path / "merged" / "file", os.O_RDONLY) as fd,
     ):
         drop(below)
-        assert asked(fd).ready(fd, 0, 1 * MiB) == 0
+        assert asked(fd).cached(fd, 0, 1 * MiB) == 0
         assert asked(fd).read(fd, 0, 100) is None
         warm(fd, 0, 8 * MiB)
-        assert asked(fd).ready(fd, 0, 8 * MiB) == 8 * MiB
-        assert asked(fd).ready(fd, 4097, 1000) == 1000
+        assert asked(fd).cached(fd, 0, 8 * MiB) == 8 * MiB
+        assert asked(fd).cached(fd, 4097, 1000) == 1000
         assert asked(fd).read(fd, 4097, 1000) == some_bytes(8 * MiB)[4097:5097]
 
 
@@ -302,9 +302,9 @@ def test_without_ctypes_nothing_is_known(
     monkeypatch.setattr(page_cache, "_types", {})
     warm(far, 0, 8 * KiB)
     assert filesystem_type(memory) is None
-    assert asked(far).ready(far, 0, 4 * KiB) == 0
-    assert asked(disk).ready(disk, 0, 8 * MiB) == 8 * MiB
-    assert asked(memory).write_waits(1)
+    assert asked(far).cached(far, 0, 4 * KiB) == 0
+    assert asked(disk).cached(disk, 0, 8 * MiB) == 8 * MiB
+    assert asked(memory).write_may_wait(1)
 
 
 # ---- the policy
@@ -318,8 +318,8 @@ def test_a_policy_asks_nobody(
     for is_warm in (True, False):
         if not is_warm:
             drop(disk)
-        assert asked(disk).ready(disk, 0, 1 * MiB) == resident
-        assert asked(disk).write_waits(1) == (policy == "always")
+        assert asked(disk).cached(disk, 0, 1 * MiB) == resident
+        assert asked(disk).write_may_wait(1) == (policy == "always")
         data = asked(disk).read(disk, 0, 10)
         assert data == (some_bytes(8 * MiB)[:10] if policy == "never" else None)
         os.pread(disk, 1, 0)
@@ -329,13 +329,13 @@ def test_a_policy_asks_nobody(
 
 
 def test_big_pieces_wait_for_a_disk(disk: int) -> None:
-    assert not asked(disk).write_waits(64 * KiB)
-    assert asked(disk).write_waits(64 * KiB + 1)
+    assert not asked(disk).write_may_wait(64 * KiB)
+    assert asked(disk).write_may_wait(64 * KiB + 1)
 
 
 def test_no_piece_waits_in_memory(memory: int) -> None:
-    assert not asked(memory).write_waits(2 * MiB)
+    assert not asked(memory).write_may_wait(2 * MiB)
 
 
 def test_every_piece_waits_for_fuse(far: int) -> None:
-    assert asked(far).write_waits(1)
+    assert asked(far).write_may_wait(1)

@@ -27,7 +27,7 @@ import gsplice
 from gsplice._ends import recognise
 from gsplice._ends.socket import Socket
 from gsplice._move.move import move
-from gsplice._move.to_disk import _Tap
+from gsplice._move.to_disk import _RevocableSocket
 from gsplice._move.transfer import Transfer
 
 waitpid = get_original("os", "waitpid")  # gevent's may lose a child under libuv
@@ -160,10 +160,10 @@ class Counted(Socket):
 
     __slots__ = ("remains",)
 
-    def left(self) -> int:
+    def remaining(self) -> int:
         return self.remains
 
-    def took(self, number: int) -> None:
+    def note_taken(self, number: int) -> None:
         self.remains -= number
 
 
@@ -235,12 +235,12 @@ def test_the_number_of_a_closed_socket_is_anothers(tmp_path: Path) -> None:
         sock, _ = ends.connect("unix")
         other, peer = ends.connect("unix")
         peer.sendall(b"not for them")
-        tap = _Tap(Socket(None, None, sock), 100)
+        revocable = _RevocableSocket(Socket(None, None, sock), 100)
         keep = os.dup(sock.fileno())
         os.dup2(other.fileno(), sock.fileno())
         pipe = gsplice.pipes.acquire()
         assert pipe is not None
-        assert tap.fill(pipe) == tap.taken == 0
+        assert revocable.fill(pipe) == revocable.taken == 0
         gsplice.pipes.release(pipe)
         os.dup2(keep, sock.fileno())
         os.close(keep)
@@ -259,12 +259,12 @@ def test_a_thread_leaves_a_closed_body_to_its_greenlet(tmp_path: Path) -> None:
     with Ends(tmp_path) as ends:
         sock, _ = ends.connect("unix")
         raw = sock.makefile("rb", buffering=0)
-        tap = _Tap(Closing(raw, raw, sock), 100)
+        revocable = _RevocableSocket(Closing(raw, raw, sock), 100)
         raw.close()
         threads.clear()
         pipe = gsplice.pipes.acquire()
         assert pipe is not None
-        assert tap.fill(pipe) == tap.taken == 0
+        assert revocable.fill(pipe) == revocable.taken == 0
         gsplice.pipes.release(pipe)
     assert not threads
 
@@ -319,11 +319,11 @@ def test_a_fork_while_the_thread_is_at_work(slow: SlowFS, tmp_path: Path) -> Non
 def test_a_fork_while_the_thread_is_in_a_splice(tmp_path: Path) -> None:
     """In the child nobody would ever give the lock back."""
     with Ends(tmp_path) as ends:
-        tap = _Tap(Socket(None, None, ends.source("bare_unix", b"")), 1)
-        with tap._lock:
+        revocable = _RevocableSocket(Socket(None, None, ends.source("bare_unix", b"")), 1)
+        with revocable._lock:
             pid = gevent.os.fork_gevent()
             if pid == 0:
                 signal.alarm(GUARD)
-                tap.lend()
+                revocable.leave_to_thread()
                 os._exit(0)
         assert waitpid(pid, 0)[1] == 0

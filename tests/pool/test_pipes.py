@@ -905,7 +905,7 @@ def go_on_interrupted():
         leaving.start()
         leaving.join()
         for pipe in idle.shared:
-            pipe.seen = pipe.uses  # one more look, and they are closed
+            pipe.uses_seen = pipe.uses  # one more look, and they are closed
         pipe = None
         interrupted = Interrupted(at)
         try:

@@ -543,7 +543,7 @@ def test_killed_in_the_queue_of_a_filesystem_that_does_nothing_else(
 STRANGER = """
 import ctypes, os, sys, gevent, gevent.socket, gevent.threadpool, gsplice
 from gsplice._os.linux import in_core
-from gsplice._ends.page_cache import Residency, learn_filesystems
+from gsplice._ends.page_cache import Residency, learn_filesystems_and_run
 gsplice.patch_all()
 path, = sys.argv[1:]
 ours, theirs = gevent.socket.socketpair()
@@ -553,8 +553,8 @@ if os.getuid() == 0:
 size = os.fstat(src.fileno()).st_size
 assert in_core(src.fileno(), 0, size), 'the kernel has told the truth'
 status = os.fstat(src.fileno())
-learn_filesystems((status.st_dev,), lambda fd: None, src.fileno())
-assert Residency(status).ready(src.fileno(), 0, size) == 0
+learn_filesystems_and_run((status.st_dev,), lambda fd: None, src.fileno())
+assert Residency(status).cached(src.fileno(), 0, size) == 0
 sending = gevent.spawn(ours.sendfile, src)
 for _ in range(20):
     gevent.sleep(0.001)
@@ -1247,12 +1247,12 @@ def test_a_lock_outlives_a_copy(tmp_path: Path, end: str) -> None:
         other = "import fcntl, sys; fcntl.lockf(open(sys.argv[1], 'rb+'), 6)  # LOCK_EX | LOCK_NB"
         refused = subprocess.run([sys.executable, "-c", other, locked.name], capture_output=True)
         assert b"BlockingIOError" in refused.stderr
-        kept = len(descriptor._kept)
+        kept = len(descriptor._kept_for_locks)
     assert grown.offloads > 0
     assert kept == 1
     with path.open("rb") as src, (tmp_path / "to2").open("wb") as dst:
         gsplice.copyfileobj(src, dst)  # closes what was kept
-    assert not descriptor._kept
+    assert not descriptor._kept_for_locks
 
 
 @pytest.mark.parametrize("times", [1, 3])
@@ -1269,7 +1269,7 @@ def test_a_locked_file_costs_one_descriptor_however_often_it_is_copied(
                 sock, finish = ends.sink("bare_unix")
                 assert sock.sendfile(src) == 300 * KiB
                 assert digest(finish()) == digest(some_bytes(300 * KiB))
-        until(lambda: len(descriptor._kept) == 1)
+        until(lambda: len(descriptor._kept_for_locks) == 1)
     assert grown.offloads >= times
 
 
