@@ -25,7 +25,7 @@ NAMES: Final = ["get_environ", "process_result"]
 
 #: Methods through which a handler sends its response. One that overrides any of these has to see
 #: every byte.
-_WAY_OUT = frozenset({"write", "_write", "_sendall", "_write_with_headers"})
+_SENDERS = frozenset({"write", "_write", "_sendall", "_write_with_headers"})
 
 
 class FileWrapper:
@@ -156,11 +156,11 @@ class _FileResponse:
 
     def __init__(self, handler: Any, handler_class: Any, part: Part) -> None:
         overridden = any(
-            getattr(type(handler), name) is not getattr(handler_class, name) for name in _WAY_OUT
+            getattr(type(handler), name) is not getattr(handler_class, name) for name in _SENDERS
         )
         if (
             overridden
-            or not _WAY_OUT.isdisjoint(handler.__dict__)
+            or not _SENDERS.isdisjoint(handler.__dict__)
             or not handler.status
             or handler.headers_sent
         ):
