@@ -374,8 +374,8 @@ def price(report: Report, sock: Any, path: Path, kind: str, most: float = 0) -> 
 
         def questions() -> int:
             residency, fd, offset = Residency(os.fstat(file.fileno())), file.fileno(), 0
-            while ready := residency.ready(fd, offset, min(PIECE, size - offset)):
-                offset += ready
+            while cached := residency.cached(fd, offset, min(PIECE, size - offset)):
+                offset += cached
             return offset
 
         while file.read(MiB):  # into the page cache

@@ -76,8 +76,7 @@ def learn_filesystems_and_run(
 ) -> Any:
     """Return ``job(*args)``, after asking for the filesystems of *devices* that are not known yet.
 
-    Called on a thread, since statfs(2) may wait. The first of *args* are descriptors of files on
-    these devices. Lets out what the job raises.
+    The first of *args* are descriptors of files on these. On a thread, since statfs(2) may wait.
     """
     for device, fd in zip(devices, args, strict=False):
         if device is not None and _filesystem(device) == _NOT_KNOWN:
@@ -93,21 +92,13 @@ def _filesystem(device: int) -> int | None:
 class Residency:
     """What is known about the page cache of one file, during one transfer."""
 
-    __slots__ = (
-        "_ask",
-        "_asked_at",
-        "_cached_from",
-        "_cached_to",
-        "_cold_stretch",
-        "_cold_until",
-        "_status",
-    )
+    __slots__ = ("_ask", "_asked_at", "_begin", "_cold_stretch", "_cold_until", "_end", "_status")
 
     def __init__(self, status: os.stat_result) -> None:
         self._status = status
         self._ask: _Question | None = None
-        #: Bytes from _cached_from to _cached_to were cached at the time _asked_at.
-        self._cached_from = self._cached_to = 0
+        #: Bytes from _begin to _end were cached at the time _asked_at.
+        self._begin = self._end = 0
         self._asked_at = 0.0
         #: Below _cold_until we don't ask. _cold_stretch is the length of the next such range.
         self._cold_until = 0
@@ -122,14 +113,14 @@ class Residency:
         if ask is None or offset < self._cold_until:
             return 0
         now = time.monotonic()
-        if not self._cached_from <= offset <= self._cached_to or now - self._asked_at > BELIEVED:
-            self._cached_from = self._cached_to = offset
-        if self._cached_to - offset < min(most, STRIDE):
-            self._cached_to = ask(fd, self._cached_to, offset + most)
+        if not self._begin <= offset <= self._end or now - self._asked_at > BELIEVED:
+            self._begin = self._end = offset
+        if self._end - offset < min(most, STRIDE):
+            self._end = ask(fd, self._end, offset + most)
             self._asked_at = now
-            if self._cached_to == offset:
+            if self._end == offset:
                 self._note_miss(offset)
-        return min(self._cached_to - offset, most)
+        return min(self._end - offset, most)
 
     def read(
         self, fd: int, offset: int, size: int, buffer: memoryview | None = None
@@ -139,7 +130,7 @@ class Residency:
         No bytes: the file ends there. The result may be part of *buffer*, which must be that large.
         Lets out the errors of pread(2).
         """
-        if self._question(fd, offset) is _ask_preadv2:
+        if self._question(fd, offset) is _preadv2:
             return read_resident(fd, offset, size, buffer)
         return os.pread(fd, size, offset) if self.cached(fd, offset, size) == size else None
 
@@ -168,43 +159,36 @@ class Residency:
 
     def _choose(self, fd: int, offset: int) -> _Question | None:
         if settings.offload != "auto":
-            return _all_cached if settings.offload == "never" else _none_cached
+            return _all if settings.offload == "never" else _none
         try:
-            if (
-                read_resident(fd, offset, 1) is None
-            ):  # this starts a read, so the answer may soon change
+            if read_resident(fd, offset, 1) is None:  # and starts read-ahead
                 self._note_miss(offset)
         except OSError:
             pass
         else:
-            return _ask_preadv2
+            return _preadv2
         filesystem = _filesystem(self._status.st_dev)
         if filesystem == _NOT_KNOWN:
             return None
         if filesystem in _IN_MEMORY:
-            return _all_cached
+            return _all
         if filesystem == _OVERLAYFS and not in_core(fd, self._status.st_size + STRIDE, 1):
-            return _ask_mincore
-        return _none_cached
+            return _mincore
+        return _none
 
 
 def answered_by(fd: int) -> str:
     """Return, for people to read, what tells whether bytes of the file behind *fd* are cached.
 
-    One of ``RWF_NOWAIT``, ``memory``, ``mincore``, ``nobody``, or the setting of ``offload`` with
-    which we don't ask: ``never``, ``always``. May wait for the filesystem. Lets out the errors of
-    fstat(2).
+    One of ``RWF_NOWAIT``, ``memory``, ``mincore``, ``nobody``; or ``never`` or ``always``, settings
+    with which we don't ask. May wait for the filesystem. Lets out the errors of fstat(2).
     """
     if settings.offload != "auto":
         return settings.offload
     status = os.fstat(fd)
-    learn_filesystems_and_run((status.st_dev,), _none_cached, fd, 0, 0)
+    learn_filesystems_and_run((status.st_dev,), _none, fd, 0, 0)
     question = Residency(status)._question(fd, 0)
-    names: dict[_Question, str] = {
-        _ask_preadv2: "RWF_NOWAIT",
-        _all_cached: "memory",
-        _ask_mincore: "mincore",
-    }
+    names: dict[_Question, str] = {_preadv2: "RWF_NOWAIT", _all: "memory", _mincore: "mincore"}
     return "nobody" if question is None else names.get(question, "nobody")
 
 
@@ -212,8 +196,7 @@ def refuse_uncached(fd: int) -> None:
     """Raise OSError (EOPNOTSUPP) for a file of which splice(2) could give outdated pages.
 
     A FUSE filesystem may demand that every read reaches it (``direct_io``), but splice(2) takes
-    pages from the cache all the same. Such a file is known by mmap(2), which refuses it. Called on
-    a thread, since this may wait for the filesystem.
+    cached pages all the same. mmap(2) refuses such a file. May wait, so call it on a thread.
     """
     if filesystem_type(fd) != _FUSE:
         return
@@ -237,15 +220,15 @@ def read_resident(
     return buffer[:number]
 
 
-def _all_cached(fd: int, offset: int, end: int) -> int:
+def _all(fd: int, offset: int, end: int) -> int:
     return end
 
 
-def _none_cached(fd: int, offset: int, end: int) -> int:
+def _none(fd: int, offset: int, end: int) -> int:
     return offset
 
 
-def _ask_preadv2(fd: int, offset: int, end: int) -> int:
+def _preadv2(fd: int, offset: int, end: int) -> int:
     """Return up to where the byte at *offset*, and one in each stride after it, is cached.
 
     Returns *offset* if the page READ_AHEAD bytes past *end* isn't cached: what is cached may then
@@ -267,5 +250,5 @@ def _ask_preadv2(fd: int, offset: int, end: int) -> int:
     return offset
 
 
-def _ask_mincore(fd: int, offset: int, end: int) -> int:
+def _mincore(fd: int, offset: int, end: int) -> int:
     return end if in_core(fd, offset, end - offset) else offset

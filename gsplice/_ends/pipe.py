@@ -40,11 +40,7 @@ class CallersPipe(Stream):
         return True
 
     def write_some(self, data: memoryview) -> int:
-        """Write part of *data* without waiting; return how many bytes.
-
-        Raises BlockingIOError if there is no room. Lets out the errors of write(2), and ValueError
-        if the file has been closed.
-        """
+        """Write part of *data*; return how many bytes. Raises BlockingIOError if none fit."""
         fd = self.fileno()
         if not isinstance(self.raw, io.FileIO):
             return os.write(fd, data)
@@ -101,9 +97,8 @@ class CallersPipe(Stream):
             gsocket.wait(getattr(self.raw, watcher), None, None, self.raw.hub)
             return
         try:
-            # Wait for a duplicate: if another greenlet closed the descriptor that we wait for,
-            # nothing would wake us, and libev aborts when it notices. A forked child keeps the
-            # duplicate open for the same reason.
+            # If another greenlet closed the descriptor that we wait for, nothing would wake us, and
+            # libev would abort when it notices. So a forked child keeps the duplicate open, too.
             own = os.dup(fd)
         except OSError:  # no descriptor is left
             own = fd

@@ -207,10 +207,7 @@ def _request(obj: Any) -> Body:
 
 
 def _layers(obj: Any, role: str | None, reason: str) -> tuple[Any, Any]:
-    """Return the buffer of *obj* and the raw file under it; without a buffer, the raw file twice.
-
-    Raises NotOurs.
-    """
+    """Return the buffer of *obj*, or else its raw file, and its raw file. Raises NotOurs."""
     while role is not None and role not in _ENDS:
         obj = _unwrap(obj, role, reason)
         role = _role(type(obj))

@@ -67,12 +67,10 @@ class GunicornBody(Body):
     def inner_of(obj: Any) -> Any | None:
         """Return the socket that *obj* reads from; None if it changes the bytes."""
         reader = obj.reader
-        if not methods_unchanged(obj, "read") or not _is_gunicorn(
-            reader, "http.body", "LengthReader"
-        ):
+        if not methods_unchanged(obj, "read") or not _is_type(reader, "http.body", "LengthReader"):
             return None
         unreader = reader.unreader
-        return unreader.sock if _is_gunicorn(unreader, "http.unreader", "SocketUnreader") else None
+        return unreader.sock if _is_type(unreader, "http.unreader", "SocketUnreader") else None
 
     def remaining(self) -> int:
         """Return how many bytes of the body remain: what follows is the next request."""
@@ -83,10 +81,7 @@ class GunicornBody(Body):
         self._body.reader.length -= number
 
     def take_buffered(self, most: int | None) -> bytes:
-        """Take at most *most* bytes from the buffers of the body and of the connection's reader.
-
-        Neither reads the socket nor waits.
-        """
+        """Take at most *most* bytes from two buffers, the body's and its reader's. Never waits."""
         body, unreader = self._body, self._body.reader.unreader
         held = body.buf.tell()
         data: bytes = body.read(held if most is None else min(held, most))
@@ -209,7 +204,7 @@ INPUTS: Final[dict[tuple[str, str], type[PywsgiBody | GunicornBody | LimitedBody
 }
 
 
-def _is_gunicorn(obj: Any, module: str, name: str) -> bool:
+def _is_type(obj: Any, module: str, name: str) -> bool:
     """Return whether *obj* is of that very type of gunicorn's, and reads as its class does."""
     cls = getattr(sys.modules.get(f"gunicorn.{module}"), name, None)
     return cls is not None and type(obj) is cls and methods_unchanged(obj, "read", "chunk")

@@ -17,7 +17,10 @@ PIECE: Final = 2 * MiB
 
 
 class Account:
-    """Counts the bytes that a transfer has delivered, and lets other greenlets run in between."""
+    """Counts the bytes that a transfer has delivered, and lets other greenlets run in between.
+
+    Methods that wait let out what is thrown into the greenlet, and ECANCELED in a forked child.
+    """
 
     __slots__ = ("_process", "_since_turn", "delivered", "limit")
 
@@ -43,28 +46,19 @@ class Account:
         self._since_turn += number
 
     def count_elsewhere(self, number: int) -> None:
-        """Add *number* bytes delivered by the objects' own methods: not to the statistics.
-
-        Then lets other greenlets run, as :meth:`give_way` does, and lets out what that does.
-        """
+        """Add *number* bytes that the objects' own methods delivered, uncounted; then give way."""
         self.delivered += number
         self._since_turn += number
         self.give_way()
 
     def wait(self, wait: Callable[[], None]) -> None:
-        """Call *wait*, which waits for an end to be ready.
-
-        Lets out what that raises, and OSError (ECANCELED) in a forked child.
-        """
+        """Call *wait*, which waits for an end to be ready. Lets out what that raises."""
         self._since_turn = 0
         wait()
         self.check_process()
 
     def give_way(self) -> None:
-        """Let other greenlets run if PIECE bytes have moved since they last could.
-
-        Lets out what is thrown into the greenlet, and OSError (ECANCELED) in a forked child.
-        """
+        """Let other greenlets run if PIECE bytes have moved since they last could."""
         if self._since_turn >= PIECE:
             self._since_turn = 0
             hub = hub_to_serve()

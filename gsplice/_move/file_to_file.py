@@ -47,10 +47,7 @@ def _by_copy_file_range(transfer: Transfer, asked: int) -> int:
 
 
 def _copy_range(src_fd: int, dst_fd: int, position: int, offset: int, asked: int) -> int:
-    """Copy *asked* bytes, or up to the end; return how many. Runs on a thread.
-
-    Lets out OSError only if nothing was copied before it.
-    """
+    """Copy *asked* bytes, or up to the end; return how many, or raise if none. On a thread."""
     copied = 0
     while copied < asked:
         try:
@@ -68,10 +65,7 @@ def _copy_range(src_fd: int, dst_fd: int, position: int, offset: int, asked: int
 
 
 def _by_splice(transfer: Transfer, asked: int) -> int:
-    """Copy through a pipe of the pool: unlike sendfile(2), splice(2) can write at an offset.
-
-    Returns how many bytes were copied, or a number below 0.
-    """
+    """Copy through a pipe of the pool: unlike sendfile(2), splice(2) can write at an offset."""
     pipe = acquire()
     if pipe is None:
         return -1

@@ -91,10 +91,7 @@ def _write_at(fd: int, position: int, data: memoryview) -> int:
 
 
 def write_out(transfer: Transfer, pipe: Pipe) -> None:
-    """Read *pipe* out and write the bytes to the destination. Lets out what :func:`write` does.
-
-    On exit ``pipe.pending`` is what the pipe still holds: 0, unless by an error.
-    """
+    """Read *pipe* until it is empty, and write the bytes. Lets out what :func:`write` does."""
     while pipe.pending:
         data = os.read(pipe.read_fd, pipe.pending)
         pipe.pending -= len(data)

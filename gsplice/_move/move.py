@@ -19,11 +19,10 @@ from .transfer import Transfer
 def move(transfer: Transfer) -> bool:
     """Move bytes until the source ends or the limit is reached; False: the caller has to read on.
 
-    On entry nobody else uses either object, they are not the same file, and the source's offset, if
-    it is a file, is where to read. Bytes that the objects have buffered go first. On exit, also by
-    an error, both objects' positions are after the bytes delivered. Returns False if a stream may
-    have more to give, or only its own read() can end it. Lets out the errors of the two ends, and
-    what is thrown into the greenlet while it waits.
+    On entry nobody else uses either object, they are not the same file, and the offset of a source
+    file is where to read. Buffered bytes go first. On exit, also by an error, both positions are
+    after the bytes delivered. Lets out the errors of the two ends, and what is thrown into the
+    greenlet while it waits.
     """
     src, dst = transfer.src, transfer.dst
     is_file = isinstance(src, File)

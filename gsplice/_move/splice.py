@@ -51,7 +51,7 @@ def file_to_socket(transfer: Transfer) -> str | None:
     """Send a file through a pipe of the pool; what the socket does not take is discarded.
 
     Never asks for more than fstat(2) said the file has: older kernels wait 200 ms for the rest. A
-    file that was truncated meanwhile ends there. Returns and raises as the module says.
+    file that was truncated meanwhile ends there.
     """
     src, dst = transfer.src, transfer.dst
     next_fill = PIECE
@@ -85,10 +85,7 @@ def file_to_socket(transfer: Transfer) -> str | None:
 
 
 def file_to_socket_by_sendfile(transfer: Transfer) -> str | None:
-    """Send a file when the pool has no pipe: sendfile(2) uses one of the kernel's.
-
-    What is not in the page cache is read and sent. Returns and raises as the module says.
-    """
+    """Send a file when the pool has no pipe: by sendfile(2), or read and sent if not cached."""
     src, dst = transfer.src, transfer.dst
     while (asked := transfer.within_limit(min(PIECE, src.remaining()))) > 0:
         cached = src.cached(asked)
@@ -115,7 +112,7 @@ def stream_through_pool(transfer: Transfer) -> str | None:
     """Splice from a socket through a pipe of the pool until all that was taken is delivered.
 
     The transfer has the pipe only while there are bytes in it: none while it waits for the source.
-    Returns and raises as the module says; an error of the destination loses what is in the pipe.
+    An error of the destination loses what is in the pipe.
     """
     src = transfer.src
     wait_first = False
@@ -153,11 +150,10 @@ def stream_through_pool(transfer: Transfer) -> str | None:
 def fill(transfer: Transfer, pipe: Pipe, asked: int) -> int:
     """Splice at most *asked* bytes of the source into *pipe*, which is empty on entry, once.
 
-    Returns how many bytes that was, which on exit is ``pipe.pending``; 0 always means that the
-    source has ended. Or returns minus the errno (NOT_NOW: a stream has nothing now), with the pipe
-    still empty. What is not in the page cache is spliced on a thread. Lets out ValueError for a
-    file that has been closed, and what is thrown into a greenlet that waits for a thread; then
-    ``pending`` is UNKNOWN.
+    Returns how many bytes that was, on exit also ``pipe.pending``; 0 always means that the source
+    has ended. Or returns minus the errno (NOT_NOW: a stream has nothing now), with the pipe still
+    empty. A thread splices what is not in the page cache. Lets out ValueError for a closed file,
+    and what is thrown into a greenlet that waits for a thread, when ``pending`` is UNKNOWN.
     """
     src = transfer.src
     fd = src.fileno()
@@ -178,10 +174,7 @@ def fill(transfer: Transfer, pipe: Pipe, asked: int) -> int:
 
 
 def _fill_from_disk(fd: int, pipe: Pipe, offset: int, asked: int, ahead: int) -> int:
-    """Splice from a file into *pipe*; have the kernel read *ahead* bytes more. Runs on a thread.
-
-    Returns how many bytes went into the pipe. Lets out OSError.
-    """
+    """Splice from a file into *pipe*, and read *ahead* bytes more ahead. Runs on a thread."""
     refuse_uncached(fd)
     filled = os.splice(fd, pipe.write_fd, asked, offset)
     if ahead > 0:
@@ -193,10 +186,9 @@ def drain(transfer: Transfer, pipe: Pipe) -> int:
     """Splice from *pipe*, which is not empty on entry, into the destination, once.
 
     Returns how many bytes were delivered, or minus the errno (NOT_NOW: the destination takes
-    nothing now), never 0. On exit ``pipe.pending`` is what the pipe still holds. If the write may
-    have to wait for a disk, a thread does it, and takes more of a socket (see drain_to_disk). Lets
-    out ValueError for a file that has been closed, and what is thrown into a greenlet that waits
-    for a thread.
+    nothing now), never 0. On exit ``pipe.pending`` is what the pipe still holds. If writing may
+    have to wait for a disk, :func:`drain_to_disk` does it. Lets out ValueError for a closed file,
+    and what is thrown into a greenlet that waits for a thread.
     """
     dst = transfer.dst
     if isinstance(dst, File) and dst.write_may_wait(pipe.pending):
@@ -232,7 +224,6 @@ def with_callers_pipe(transfer: Transfer) -> str | None:
     """Splice between two ends of which one is the caller's own pipe, without a pipe of the pool.
 
     EAGAIN does not tell which end is not ready, so this waits for both, one after the other.
-    Returns and raises as the module says.
     """
     src, dst = transfer.src, transfer.dst
     waited = False

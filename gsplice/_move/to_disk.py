@@ -149,29 +149,19 @@ def _drain_and_fill(
 class _RevocableSocket:
     """A socket from which a thread may take bytes for as long as its greenlet waits."""
 
-    __slots__ = (
-        "_inode",
-        "_lock",
-        "_process",
-        "_src",
-        "failure",
-        "left_to_thread",
-        "remaining",
-        "taken",
-    )
+    __slots__ = ("_ino", "_lock", "_pid", "_src", "failure", "left_to_thread", "remaining", "taken")
 
     def __init__(self, src: Socket, most: int) -> None:
         self._src = src
         #: How many bytes may still be taken, and how many have been.
-        self.remaining = most
-        self.taken = 0
+        self.remaining, self.taken = most, 0
         #: The socket's error (minus its errno), or 0.
         self.failure = 0
         #: Whether the greenlet has stopped waiting.
         self.left_to_thread = False
-        self._inode = os.fstat(src.fileno()).st_ino if most else 0
+        self._ino = os.fstat(src.fileno()).st_ino if most else 0
         self._lock = _new_lock()
-        self._process = os.getpid()
+        self._pid = os.getpid()
 
     def fill(self, pipe: Pipe) -> int:
         """Splice from the socket into *pipe*, which is empty; return how many bytes.
@@ -190,7 +180,7 @@ class _RevocableSocket:
             except (OSError, ValueError):  # closed
                 return 0
             try:
-                if os.fstat(own.fd).st_ino != self._inode:
+                if os.fstat(own.fd).st_ino != self._ino:
                     return 0  # closed meanwhile, and the number belongs to another file
                 most = min(self.remaining, PIECE)
                 filled: int = answer(os.splice, own.fd, pipe.write_fd, most, flags=SPLICE_FLAGS)
@@ -205,7 +195,7 @@ class _RevocableSocket:
 
     def leave_to_thread(self) -> None:
         """Let the thread take no more. May wait for its splice(2), which is non-blocking."""
-        if os.getpid() != self._process:  # the thread that holds the lock is the parent's
+        if os.getpid() != self._pid:  # the thread that holds the lock is the parent's
             self.left_to_thread = True
             return
         with self._lock:

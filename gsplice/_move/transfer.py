@@ -50,10 +50,9 @@ class Transfer(Account):
     ) -> Any:
         """Do ``job(*descriptors of ends, *args)`` on a thread; return its result, or minus errno.
 
-        The thread gets duplicates, so that the job is safe if somebody closes an end meanwhile.
-        Without a thread, or a descriptor for a duplicate, the job is done in this greenlet. Lets
-        out ValueError for a file that has been closed, and what is thrown into the greenlet while
-        it waits; then the job may still be running, and *resources* are left to the thread.
+        The thread gets duplicates, in case an end is closed meanwhile. Without a thread, or a
+        descriptor for a duplicate, this greenlet does the job. Lets out ValueError for a closed
+        file, and what is thrown in while it waits; then *resources* are left to a running job.
         """
         devices = tuple(end.status.st_dev if isinstance(end, File) else None for end in ends)
         job = functools.partial(learn_filesystems_and_run, devices, job)
@@ -83,8 +82,8 @@ class Transfer(Account):
     def leave(self) -> None:
         """Set both objects' positions after the bytes delivered, and close the transfer.
 
-        Sets none in a forked child, where each file shares its position with the parent's. Lets out
-        the errors of seeking, and of flushing the destination.
+        Not in a forked child, where each file shares its position with the parent's. Lets out the
+        errors of seeking, and of flushing the destination.
         """
         try:
             if self.began_here():

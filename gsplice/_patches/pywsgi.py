@@ -25,7 +25,7 @@ NAMES: Final = ["get_environ", "process_result"]
 
 #: Methods through which a handler sends its response. One that overrides any of these has to see
 #: every byte.
-_WAY_OUT = frozenset({"write", "_write", "_sendall", "_write_with_headers"})
+_SENDERS = frozenset({"write", "_write", "_sendall", "_write_with_headers"})
 
 
 class FileWrapper:
@@ -133,10 +133,7 @@ def _declared_length(handler: Any) -> int | None:
 
 
 def _needs_no_body(handler: Any) -> bool:
-    """Return whether a wrapper that we can't send needn't be iterated over either (HEAD).
-
-    If it has to be, limits it to the declared length. On exit the headers of a HEAD are sent.
-    """
+    """Return True for HEAD, with the headers sent; else limit a wrapper to the declared length."""
     declared = _declared_length(handler)
     if handler.headers_sent:
         handler.close_connection = True  # we don't know how much of the length has been sent
@@ -159,11 +156,11 @@ class _FileResponse:
 
     def __init__(self, handler: Any, handler_class: Any, part: Part) -> None:
         overridden = any(
-            getattr(type(handler), name) is not getattr(handler_class, name) for name in _WAY_OUT
+            getattr(type(handler), name) is not getattr(handler_class, name) for name in _SENDERS
         )
         if (
             overridden
-            or not _WAY_OUT.isdisjoint(handler.__dict__)
+            or not _SENDERS.isdisjoint(handler.__dict__)
             or not handler.status
             or handler.headers_sent
         ):
@@ -197,9 +194,8 @@ class _FileResponse:
     def _real_length(self, most: int | None) -> int:
         """Return how many bytes the file has from its offset on, *most* at the most.
 
-        Raises NotOurs if the size from fstat(2) is too small, or for a big file too large, as on
-        FUSE and network filesystems, where only reading finds the end. Lets out the errors of
-        reading.
+        Raises NotOurs if fstat(2) said too little, or of a big file too much, as on FUSE and
+        network filesystems, where only reading finds the end. Lets out the errors of reading.
         """
         transfer, src = self._transfer, self._transfer.src
         length = _cut(max(0, src.remaining()), most)
@@ -296,8 +292,7 @@ class _FileResponse:
     def _send_headers(self) -> None:
         """Send the headers so that they are in one segment with the first piece of the body.
 
-        If no piece follows, the connection will be closed, which sends them. Lets out the errors of
-        the socket, after recording them in the handler.
+        If no piece follows, the connection will be closed, which sends them.
         """
         handler = self._handler
         pieces = self._collect(b"")

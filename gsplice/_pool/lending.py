@@ -121,10 +121,7 @@ def _acquire_new(home: IdleList) -> Pipe | None:
 
 
 def _release_elsewhere(pipe: Pipe) -> None:
-    """Put *pipe* into the shared list or close it, or leave it to the thread that it was left to.
-
-    It is shared only if a hub's timer reclaims idle pipes; else it could stay open for ever.
-    """
+    """Share *pipe*, or close it if no hub's timer would reclaim it, unless a thread will."""
     if pipe.pending == IDLE:
         raise ValueError(f"{pipe!r} was released twice; it belongs to the pool already")
     if pipe.left_to_thread:

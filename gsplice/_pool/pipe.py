@@ -21,9 +21,8 @@ from ..config import KiB, MiB, settings
 #: 16 x 1 MiB + 48 x 256 KiB + 192 x 64 KiB = 40 MiB of it.
 CAPACITY_STEPS: Final = ((16, 1 * MiB), (64, 256 * KiB))
 
-#: The kernel's default, for pipes past the last step. If the kernel grants less, the user's room is
-#: used up and the pipe has two slots. It is not used: splicing 8 KiB at a time costs more than read
-#: and send.
+#: The kernel's default, for pipes past the last step. One with less has two slots (the user's room
+#: is used up) and is not used: splicing 8 KiB at a time costs more than read and send.
 DEFAULT_CAPACITY: Final = 64 * KiB
 
 #: The number of the device /dev/null, null(4).

@@ -69,10 +69,9 @@ class Spliced(Transfer):
         """Do nothing: when both directions have ended, both peers know."""
 
     def _copy(self) -> bool:
-        """Receive and send until a read is full and splicing is possible, or the source ends.
+        """Receive and send until a read is full and may be followed by splicing (True), or the end.
 
-        Returns whether to splice now. On exit everything received is delivered. Lets out what
-        :meth:`run` does.
+        On exit everything received is delivered. Lets out what :meth:`run` does.
         """
         receive, send = self.src.sock._sock.recv, self.dst.sock._sock.send
         while True:

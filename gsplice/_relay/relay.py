@@ -153,9 +153,8 @@ class _Both:
     def run(self, idle_timeout: float | None) -> None:
         """Run both directions until both have ended, or one has failed. On exit neither runs.
 
-        Exception: if something is thrown into the calling greenlet while it ends the other
-        direction, that direction ends in the loop's next turn. Lets out what the directions do,
-        TimeoutError, and what is thrown into the calling greenlet.
+        But if something is thrown into the calling greenlet while it ends the other direction, that
+        one ends in the loop's next turn. Lets out the directions' errors, and what is thrown in.
         """
         loop = self._hub.loop
         timer = None if idle_timeout is None else self._end_when_idle(idle_timeout)

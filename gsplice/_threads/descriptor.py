@@ -40,10 +40,9 @@ class Duplicate:
         self.left_to_thread = True
 
     def close(self) -> None:
-        """Close it, once; while the file is locked, keep it (fcntl(2), Record locks).
+        """Close it, once, and those kept; keep each whose file is locked (fcntl(2), Record locks).
 
-        Closes those kept earlier whose file is no longer locked. Raises nothing. May wait: a FUSE
-        filesystem is told of each close, and is asked about locks.
+        May wait: a FUSE filesystem is told of each close, and is asked about locks.
         """
         _kept_for_locks.append(self)
         for each in [*_kept_for_locks]:
@@ -68,10 +67,7 @@ class Duplicate:
 
 
 def duplicate(fd: int) -> Duplicate:
-    """Return a duplicate of *fd*: one of the same file that had to be kept, or a new one.
-
-    Lets out OSError if no descriptor is left.
-    """
+    """Return a duplicate of *fd*, kept or new. Lets out OSError if no descriptor is left."""
     if _kept_for_locks:
         file = _identity(fd)
         for each in [*_kept_for_locks]:
@@ -97,8 +93,7 @@ def _is_locked(fd: int) -> bool:
     return bool(struct.unpack(_FLOCK, answer)[0] != F_UNLCK)
 
 
-#: ``struct flock``: l_type, l_whence, l_start, l_len, l_pid. A write lock on the whole file
-#: conflicts with any other lock.
+#: ``struct flock``: l_type, l_whence, l_start, l_len, l_pid. A write lock conflicts with any other.
 _FLOCK: Final = "hhqqi0q"
 _ANY_LOCK: Final = struct.pack(_FLOCK, F_WRLCK, 0, 0, 0, 0)
 

@@ -31,11 +31,7 @@ class Job:
     __slots__ = ("_args", "_fds", "_first", "_job", "_last", "_resources")
 
     def __init__(
-        self,
-        job: Callable[..., Any],
-        fds: Sequence[int],
-        args: Any,
-        resources: Sequence[Resource],
+        self, job: Callable[..., Any], fds: Sequence[int], args: Any, resources: Sequence[Resource]
     ) -> None:
         self._job = job
         self._fds = fds
@@ -44,27 +40,24 @@ class Job:
         self._first, self._last = [None], [None]
 
     def __call__(self) -> Any:
-        """Do the job; return its result, or minus the errno of its OSError. Called on the thread.
-
-        Returns None if the greenlet has given up before the job began.
-        """
+        """Do the job; return its result, or minus its errno. Called on the thread."""
         if not _take(self._first):
-            return None
+            return None  # the greenlet has given up
         try:
             return answer(self._job, *self._fds, *self._args)
         finally:
             we_close = not _take(self._last)  # before _resources is cleared: see give_up()
-            resources = self._resources
-            self._resources = self._args = ()  # the thread may hold on to this job until its next
+            resources, self._resources, self._args = (
+                self._resources,
+                (),
+                (),
+            )  # the frame may live on
             if we_close:
                 for resource in resources:
                     resource.close()
 
     def give_up(self) -> bool:
-        """Stop waiting for the job; return whether it has begun. Called on the hub.
-
-        If it has begun and not ended, its resources are left to the thread.
-        """
+        """Leave the resources to the job if it is running; return whether it began. On the hub."""
         resources = self._resources  # the thread clears it when the job ends
         if _take(self._first):
             return False
@@ -75,7 +68,6 @@ class Job:
 
 
 def _take(tokens: list[None]) -> bool:
-    """Pop the one token of a list; return False if the other side has it."""
     try:
         tokens.pop()
     except IndexError:
