@@ -7,19 +7,23 @@ import io
 import os
 import select
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Final
 
 from gevent import get_hub
 from gevent import socket as gsocket
 from gevent.monkey import get_original
 
 from .._os.linux import F_GETPIPE_SZ, LINUX, RWF_NOWAIT, SPLICE_FLAGS, fcntl
+from .._os.results import NOT_NOW, answer, error
 from .._pool.lending import acquire, release
 from .._pool.pipe import UNKNOWN
 from .closed import check_open
 from .stream import Stream
 
 # Unpatched: gevent's own would switch to the hub.
+#: Answers of a write that no other way of writing changes.
+_FINAL: Final = frozenset({NOT_NOW, -errno.EPIPE})
+
 _poll: Callable[[], Any] = get_original("select", "poll")
 _close: Callable[[int], None] = get_original("os", "close")
 _epoll: Any = get_original("select", "epoll") if LINUX else None
@@ -46,12 +50,12 @@ class CallersPipe(Stream):
             return os.write(fd, data)
         # The pipe is blocking: a write(2) of more than there is room for would have the hub wait.
         if RWF_NOWAIT:
-            try:
-                return os.pwritev(fd, (data,), -1, RWF_NOWAIT)
-            except (BlockingIOError, BrokenPipeError):
-                raise
-            except OSError:  # not supported: before Linux 6.4, or by a named FIFO
-                pass
+            written: int = answer(os.pwritev, fd, (data,), -1, RWF_NOWAIT)
+            if written >= 0:
+                return written
+            if written in _FINAL:
+                raise error(written)
+            # else not supported: before Linux 6.4, or by a named FIFO
         poll = _poll()
         poll.register(fd, select.POLLOUT)
         if not poll.poll(0):
@@ -72,13 +76,11 @@ class CallersPipe(Stream):
         try:
             pipe.pending = UNKNOWN
             pipe.pending = os.write(pipe.write_fd, data[: max(room, select.PIPE_BUF)])
-            moved = os.splice(pipe.read_fd, fd, pipe.pending, flags=SPLICE_FLAGS)
-            pipe.pending -= moved
-            return moved
-        except (BlockingIOError, BrokenPipeError):
-            raise
-        except OSError:
-            return 0
+            moved: int = answer(os.splice, pipe.read_fd, fd, pipe.pending, flags=SPLICE_FLAGS)
+            if moved in _FINAL:
+                raise error(moved)
+            pipe.pending -= max(0, moved)
+            return max(0, moved)
         finally:
             release(pipe)  # closes it if bytes are left inside
 

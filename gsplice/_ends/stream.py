@@ -14,6 +14,11 @@ from .._os.results import can_recv_after, can_send_after, error
 _get_ident: Callable[[], int] = get_original("_thread", "get_ident")
 
 
+def unread(fd: int) -> int:
+    """Return how many bytes can be read now. Lets out OSError, and ValueError for no descriptor."""
+    return int.from_bytes(ioctl(fd, FIONREAD, bytes(4)), sys.byteorder)
+
+
 class Stream:
     """A socket or a pipe, as the source or the destination of a transfer."""
 
@@ -49,7 +54,7 @@ class Stream:
 
     def available(self) -> int:
         """Return how many bytes can be read now (pipe(7), tcp(7), unix(7): FIONREAD)."""
-        return int.from_bytes(ioctl(self.fileno(), FIONREAD, bytes(4)), sys.byteorder)
+        return unread(self.fileno())
 
     def note_taken(self, number: int) -> None:
         """Subtract *number* bytes, taken from the descriptor, from those that remain.

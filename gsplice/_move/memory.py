@@ -6,7 +6,7 @@ import os
 from typing import Final
 
 from .._ends.file import File
-from .._os.results import answer, error
+from .._os.results import answer_of_job, error
 from .._pool.pipe import Pipe
 from ..config import KiB
 from .account import PIECE
@@ -46,7 +46,7 @@ def read(
     what :meth:`Transfer.on_thread` does.
     """
     src = transfer.src
-    data = answer(src.cache.read, src.fileno(), offset, asked, buffer)
+    data = answer_of_job(src.cache.read, src.fileno(), offset, asked, buffer)
     if data is None:
         data = transfer.on_thread((src,), os.pread, asked, offset)
     if isinstance(data, int):

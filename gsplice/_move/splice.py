@@ -62,7 +62,7 @@ def file_to_socket(transfer: Transfer) -> str | None:
         try:
             filled = fill(transfer, pipe, asked)
             drained = accepted = 0
-            while pipe.pending and drained >= 0:
+            while pipe.pending > 0 and drained >= 0:
                 drained = drain(transfer, pipe)
                 accepted += max(0, drained)
             pipe.discard()
@@ -150,10 +150,11 @@ def stream_through_pool(transfer: Transfer) -> str | None:
 def fill(transfer: Transfer, pipe: Pipe, asked: int) -> int:
     """Splice at most *asked* bytes of the source into *pipe*, which is empty on entry, once.
 
-    Returns how many bytes that was, on exit also ``pipe.pending``; 0 always means that the source
-    has ended. Or returns minus the errno (NOT_NOW: a stream has nothing now), with the pipe still
-    empty. A thread splices what is not in the page cache. Lets out ValueError for a closed file,
-    and what is thrown into a greenlet that waits for a thread, when ``pending`` is UNKNOWN.
+    Returns how many bytes that was, on exit also ``pipe.pending``; 0: the source has ended, or a
+    socket is at TCP's urgent mark. Or returns minus the errno (NOT_NOW: a stream has nothing now),
+    with the pipe still empty, or ``pending`` UNKNOWN after a thread's job. A thread splices what is
+    not in the page cache. Lets out ValueError for a closed file, and what is thrown into a greenlet
+    that waits for a thread, with ``pending`` UNKNOWN.
     """
     src = transfer.src
     fd = src.fileno()
@@ -168,7 +169,9 @@ def fill(transfer: Transfer, pipe: Pipe, asked: int) -> int:
         filled = transfer.on_thread(
             (src,), _fill_from_disk, pipe, src.offset, asked, ahead, resources=(pipe,)
         )
-    pipe.pending = max(0, filled)  # splice(2) answers with an error only if it moved nothing
+        if filled < 0:  # the job has more calls than splice(2), which moves nothing if it fails
+            return filled  # type: ignore[no-any-return]
+    pipe.pending = max(0, filled)
     src.note_taken(pipe.pending)
     return filled  # type: ignore[no-any-return]
 
@@ -178,7 +181,7 @@ def _fill_from_disk(fd: int, pipe: Pipe, offset: int, asked: int, ahead: int) ->
     refuse_uncached(fd)
     filled = os.splice(fd, pipe.write_fd, asked, offset)
     if ahead > 0:
-        os.posix_fadvise(fd, offset + filled, ahead, os.POSIX_FADV_WILLNEED)
+        answer(os.posix_fadvise, fd, offset + filled, ahead, os.POSIX_FADV_WILLNEED)  # or not
     return filled
 
 
@@ -206,11 +209,12 @@ def drain_all(transfer: Transfer, pipe: Pipe) -> bool:
 
     Returns False if the kernel does not splice into the destination (an append-only file, a
     filesystem without splice), so that the bytes were read out and written. Lets out the
-    destination's errors: the bytes still in the pipe, or in an unfinished write, are then lost.
+    destination's errors: the bytes still in the pipe, or in an unfinished write, are then lost; and
+    the source's, when a thread has met one.
     """
-    while pipe.pending:
+    while pipe.pending > 0:
         drained = drain(transfer, pipe)
-        if drained == NOT_NOW:
+        if drained == NOT_NOW and not isinstance(transfer.dst, File):
             transfer.wait(transfer.dst.wait_write)
         elif drained < 0:
             if not transfer.dst.can_write_after(drained):
@@ -257,12 +261,15 @@ def _splice_directly(transfer: Transfer, asked: int) -> int:
     """
     src, dst = transfer.src, transfer.dst
     if isinstance(src, CallersPipe) and isinstance(dst, File):
-        asked = min(asked, src.available())
+        available = asked = min(asked, src.available())
         if asked and dst.write_may_wait(asked):
-            return write_on_thread(
+            spliced = write_on_thread(
                 transfer, asked, (src,), _splice_to_disk, asked, promised=lambda: asked
             )
-        asked = asked or 1  # an empty pipe: splice(2) tells whether it has ended
+        else:  # an empty pipe: splice(2) tells whether it has ended
+            spliced = answer(os.splice, src.fileno(), dst.fileno(), asked or 1, flags=SPLICE_FLAGS)
+        # There is no waiting for a file that takes nothing now: the ordinary write says so.
+        return TOOK_NOTHING if spliced == NOT_NOW and available else spliced
     return answer(os.splice, src.fileno(), dst.fileno(), asked, flags=SPLICE_FLAGS)  # type: ignore[no-any-return]
 
 

@@ -14,6 +14,7 @@ from gevent.monkey import get_original
 
 from .._ends.end import End
 from .._ends.socket import Socket
+from .._ends.stream import unread
 from .._os.linux import SPLICE_FLAGS
 from .._os.results import NOT_NOW, answer
 from .._pool.pipe import UNKNOWN, Pipe
@@ -98,7 +99,7 @@ def drain_to_disk(transfer: Transfer, pipe: Pipe) -> int:
     pending, pipe.pending = pipe.pending, UNKNOWN
     most = max(0, transfer.within_limit(DISK_PIECE) - pending)
     if most:
-        most = min(most, src.remaining() - src.withheld(), src.available())
+        most = min(most, src.remaining() - src.withheld(), _available(src))
     sock = _RevocableSocket(src, most)
     src.note_taken(sock.remaining)  # another reader must not count on these bytes
     try:
@@ -121,6 +122,17 @@ def drain_to_disk(transfer: Transfer, pipe: Pipe) -> int:
     if sock.failure and not pipe.pending and not src.can_read_after(sock.failure):
         src.raise_read_error(sock.failure)
     return written
+
+
+def _available(src: Socket) -> int:
+    """Return how many bytes can be read now; 0 too if somebody has closed the socket.
+
+    The next fill reports that, when what is in the pipe already has been written.
+    """
+    try:
+        return unread(Socket.fileno(src))
+    except (OSError, ValueError):
+        return 0
 
 
 def _drain_and_fill(

@@ -11,7 +11,7 @@ import gevent
 from .._ends.end import End
 from .._ends.file import File
 from .._ends.page_cache import learn_filesystems_and_run
-from .._os.results import answer
+from .._os.results import answer_of_job
 from .._threads.descriptor import Duplicate, duplicate
 from .._threads.job import Resource
 from .._threads.threads import threads
@@ -60,7 +60,7 @@ class Transfer(Account):
         pool = threads()
         duplicates = self._duplicate(ends, fds) if pool is not None else None
         if pool is None or duplicates is None:
-            result = answer(job, *fds, *args)
+            result = answer_of_job(job, *fds, *args)
         else:
             of_files = [device for device in devices if device is not None]
             fds = [each.fd for each in duplicates]

@@ -52,9 +52,27 @@ _DESTINATION_GONE: Final = frozenset(
 
 
 def answer(call: Callable[..., Any], *args: Any, **options: Any) -> Any:
-    """Make a system call; return its result, or minus the errno of its OSError."""
+    """Make one system call; return what it returns, or minus the errno of its OSError.
+
+    Lets out what a signal handler raises that runs here, OSError too (a TimeoutError of an alarm):
+    the call may have succeeded before, so that cannot be its answer.
+    """
     try:
         return call(*args, **options)
+    except OSError as err:
+        inner = err.__traceback__ and err.__traceback__.tb_next  # None: raised by a built-in
+        if inner and inner.tb_frame.f_code is not getattr(call, "__code__", None):
+            raise
+        return -(err.errno or errno.EIO)
+
+
+def answer_of_job(job: Callable[..., Any], *args: Any) -> Any:
+    """Run *job*, which may make several calls; return its result, or minus errno of an OSError.
+
+    After an error it is not known how far the job has got.
+    """
+    try:
+        return job(*args)
     except OSError as err:
         return -(err.errno or errno.EIO)
 

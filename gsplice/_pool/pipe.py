@@ -13,6 +13,7 @@ from typing import Final
 from gevent.monkey import get_original
 
 from .._os.linux import F_GETPIPE_SZ, F_SETPIPE_SZ, LINUX, SPLICE_FLAGS, fcntl
+from .._os.results import answer
 from ..config import KiB, MiB, settings
 
 #: Capacity of a new pipe by how many are open: (up to this many pipes, so many bytes each). An
@@ -118,10 +119,9 @@ class Pipe:
         and release() closes the pipe. Raises nothing.
         """
         dropped = 1
-        with contextlib.suppress(OSError):
-            while self.pending > 0 and dropped:
-                dropped = os.splice(self.read_fd, _null(), self.pending, flags=SPLICE_FLAGS)
-                self.pending -= dropped
+        while self.pending > 0 and dropped > 0:
+            dropped = answer(os.splice, self.read_fd, _null(), self.pending, flags=SPLICE_FLAGS)
+            self.pending -= max(0, dropped)
 
     def leave_to_thread(self) -> None:
         """Have the thread that still uses it close it when the job ends."""
@@ -162,20 +162,28 @@ _nulls: Final[list[int]] = []
 
 
 def _null() -> int:
-    """Return a descriptor of /dev/null. Lets out OSError if that can't be opened.
+    """Return a descriptor of /dev/null; -1 if there is none, as in some chroots.
 
     Checks each time that the number still is /dev/null: a program may close descriptors that it
     does not know, as daemons do, and the bytes would go to whatever has the number next.
     """
-    for fd in [*_nulls]:
-        with contextlib.suppress(OSError):
-            if os.fstat(fd).st_rdev == _NULL_DEVICE:
-                return fd
+    for known in [*_nulls]:
+        if _is_null(known):
+            return known
         with contextlib.suppress(ValueError):  # another thread has removed it
-            _nulls.remove(fd)
-    fd = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
-    _nulls.append(fd)
+            _nulls.remove(known)
+    fd: int = answer(os.open, os.devnull, os.O_WRONLY | os.O_CLOEXEC)
+    if fd >= 0 and not _is_null(fd):  # a file that somebody has put there
+        _close(fd)
+        return -1
+    if fd >= 0:
+        _nulls.append(fd)
     return fd
+
+
+def _is_null(fd: int) -> bool:
+    status = answer(os.fstat, fd)
+    return not isinstance(status, int) and status.st_rdev == _NULL_DEVICE
 
 
 def reserve(key: int, limit: int) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
-from .._os.results import answer
+from .._os.results import answer_of_job
 
 
 class Resource(Protocol):
@@ -44,7 +44,7 @@ class Job:
         if not _take(self._first):
             return None  # the greenlet has given up
         try:
-            return answer(self._job, *self._fds, *self._args)
+            return answer_of_job(self._job, *self._fds, *self._args)
         finally:
             we_close = not _take(self._last)  # before _resources is cleared: see give_up()
             resources, self._resources, self._args = (

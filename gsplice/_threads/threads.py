@@ -20,7 +20,7 @@ from greenlet import getcurrent
 from .._counters import counters
 from .._os.fork import forked_error, in_forked_child
 from .._os.hub import hub_to_serve
-from .._os.results import answer
+from .._os.results import answer_of_job
 from ..config import settings
 from .job import Job, Resource
 
@@ -125,7 +125,7 @@ class Threads:
                 if result is None:
                     self._free_slot(used)
                     if not begun and isinstance(err, (RuntimeError, MemoryError)):
-                        return answer(job, *fds, *args)
+                        return answer_of_job(job, *fds, *args)
                 raise
         finally:
             self.waiting.discard(greenlet)
