@@ -3,8 +3,8 @@
     nox -s "quick-3.12(newest, libuv)"
     nox -s whole-3.13 -- -k sendfile
 
-``whole`` is what ``pytest`` alone runs, ``quick`` the part of it that depends most on what is
-underneath: the ways of the bytes, and the programs that people run.
+``whole`` runs all tests but the long ones, ``quick`` the part of what ``pytest`` alone runs that
+depends most on what is underneath: the ways of the bytes, and the programs that people run.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def run(session: nox.Session, gevent: str, loop: str, *tests: str) -> None:
 @over_all
 def whole(session: nox.Session, gevent: str, loop: str) -> None:
     """Run all tests but the long ones."""
-    run(session, gevent, loop)
+    run(session, gevent, loop, "-m", "not long")
 
 
 @over_all

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import traceback
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -30,6 +31,30 @@ pytest_plugins = ["example_file_server", "pool", "processes", "sameness", "wsgi"
 
 #: The name of a socket pair, and the same through a real connection.
 Pair = tuple[gevent.socket.socket, gevent.socket.socket]
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark as thorough all but a few of the cases of the tests that say so."""
+    tests: dict[str, list[Any]] = defaultdict(list)
+    for item in items:
+        if item.get_closest_marker("few") and not item.get_closest_marker("long"):
+            tests[item.nodeid.partition("[")[0]].append(item)
+    for cases in tests.values():
+        for item in spare(cases, *cases[0].get_closest_marker("few").args):
+            item.add_marker(pytest.mark.thorough)
+
+
+def spare(cases: list[Any], most: int = sys.maxsize) -> list[Any]:
+    """Return what is left when each value of each parameter has been tried, or *most* cases."""
+    # One object stands for a value in all cases, and need be neither hashable nor comparable.
+    values = [{(name, id(value)) for name, value in each.callspec.params.items()} for each in cases]
+    untried = set().union(*values)
+    left = dict(enumerate(values))
+    while untried and len(cases) - len(left) < most:
+        best = max(left, key=lambda case: len(left[case] & untried))
+        untried -= left.pop(best)
+    return [cases[case] for case in left]
 
 
 @pytest.fixture

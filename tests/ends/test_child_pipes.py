@@ -48,6 +48,7 @@ MODULES = pytest.mark.parametrize(
 )
 
 
+@pytest.mark.few
 @MODULES
 @pytest.mark.parametrize("ahead", [0, 100])
 @pytest.mark.parametrize("kind", ["tcp", "unix"])
@@ -73,6 +74,7 @@ def test_from_the_output_of_a_child(
         assert_direct(grown, size - ahead)
 
 
+@pytest.mark.few
 @MODULES
 @pytest.mark.parametrize("ahead", [0, 100])
 @pytest.mark.parametrize("kind", ["tcp", "unix"])

@@ -63,6 +63,7 @@ def words(function: Callable[..., Any], *args: Any) -> tuple[type[BaseException]
     return caught.type, getattr(caught.value, "errno", None), str(caught.value)
 
 
+@pytest.mark.few
 @pytest.mark.parametrize("mover", ["sendfile", "raw", "buffered"])
 @pytest.mark.parametrize("source", SOURCES)
 def test_a_file_that_goes_to_a_socket(ends: Ends, source: str, mover: str) -> None:
@@ -96,6 +97,7 @@ def stream(ends: Ends, kind: str, buffering: int) -> tuple[Any, Callable[[bytes]
     return ours.makefile("rb", buffering), theirs.sendall
 
 
+@pytest.mark.few
 @pytest.mark.parametrize("sink", SINKS)
 @pytest.mark.parametrize(("kind", "buffering"), STREAMS)
 def test_a_file_that_is_written(ends: Ends, sink: str, kind: str, buffering: int) -> None:
@@ -116,6 +118,7 @@ def test_a_file_that_is_written(ends: Ends, sink: str, kind: str, buffering: int
     assert "destination_type" not in grown.fallbacks
 
 
+@pytest.mark.few
 @pytest.mark.parametrize("victim", ["source", "sink"])
 @pytest.mark.parametrize("sink", STREAMS)
 @pytest.mark.parametrize("source", STREAMS)

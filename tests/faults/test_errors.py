@@ -344,6 +344,7 @@ QUICK = [
 ]
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("fault", QUICK, ids=str)
 def test_a_failing_system_call(
     fault: Fault, tmp_path: Path, record_property: Callable[[str, object], None]

@@ -133,6 +133,7 @@ def check(
     assert (figures["told"] > 0) == ("spawn" not in way)
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("way", WAYS)
 def test_transfers_under_way_at_a_fork(
     tmp_path: Path, way: str, monkeypatch: pytest.MonkeyPatch, record_property: Record
@@ -154,6 +155,7 @@ def test_transfers_under_way_at_hundreds_of_forks(
     check(tmp_path, 300, way, offload, monkeypatch, record_property)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("worker", ["gevent", "gevent_pywsgi"])
 def test_workers_of_a_master_that_has_transferred(
     tmp_path: Path, worker: str, monkeypatch: pytest.MonkeyPatch

@@ -140,6 +140,7 @@ def test_no_descriptor_left(tmp_path: Path, record_property: Record) -> None:
     record_property("cases", int(run_program(NO_DESCRIPTORS, tmp_path, PYTHONPATH=PYTHONPATH)))
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("most", [0, 1, 2])
 def test_few_pipes_for_many(tmp_path: Path, most: int, record_property: Record) -> None:
     kinds = [kind for kind in TRANSFERS if "max_pipes" not in kind.settings]
@@ -192,6 +193,7 @@ def quota(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         yield place
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("kind", FILE_SINKS, ids=str)
 @pytest.mark.parametrize(("where", "error"), [("small_disk", "ENOSPC"), ("quota", "EDQUOT")])
 def test_a_full_disk(

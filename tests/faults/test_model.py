@@ -224,7 +224,12 @@ class PoolAgainstModel(RuleBasedStateMachine):
 
 
 @pytest.mark.parametrize(
-    "examples", [10, pytest.param(300, marks=[pytest.mark.long, pytest.mark.timeout(1800)])]
+    "examples",
+    [
+        3,
+        pytest.param(10, marks=pytest.mark.thorough),
+        pytest.param(300, marks=[pytest.mark.long, pytest.mark.timeout(1800)]),
+    ],
 )
 def test_the_pool_against_a_model(
     examples: int, record_property: Callable[[str, object], None]

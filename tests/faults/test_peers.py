@@ -87,6 +87,7 @@ READERS: dict[str, tuple[Callable[[Any, int], bytes], bool]] = {
 TO_SOCKETS = [kind for kind in TRANSFERS if kind.sink in SOCKETS]
 
 
+@pytest.mark.few
 @pytest.mark.parametrize("kind", TO_SOCKETS, ids=str)
 @pytest.mark.parametrize("behaviour", READERS)
 def test_a_reader(tmp_path: Path, kind: Kind, behaviour: str) -> None:
@@ -166,6 +167,7 @@ WRITERS: dict[str, tuple[Callable[[Any, bytes], None], bool]] = {
 FROM_SOCKETS = [kind for kind in TRANSFERS if kind.source in SOCKETS]
 
 
+@pytest.mark.few
 @pytest.mark.parametrize("kind", FROM_SOCKETS, ids=str)
 @pytest.mark.parametrize("behaviour", WRITERS)
 def test_a_writer(tmp_path: Path, kind: Kind, behaviour: str) -> None:
@@ -217,6 +219,7 @@ def test_a_socket_copied_to_itself(tmp_path: Path, kind: str) -> None:
         assert digest(back.get(timeout=GUARD)) == digest(data)
 
 
+@pytest.mark.few
 @pytest.mark.parametrize("offload", ["auto", "always"])
 @pytest.mark.parametrize("shared", [False, True], ids=["opened by each", "one object"])
 def test_one_file_sent_by_fifty_at_once(
@@ -256,6 +259,7 @@ CHANGES: dict[str, Callable[[Path], None]] = {
 }
 
 
+@pytest.mark.few
 @pytest.mark.parametrize("name", ["sendfile", "sendfile, cold", "file to socket", "pywsgi, cold"])
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_file_changed_under_way(tmp_path: Path, name: str, change: str) -> None:

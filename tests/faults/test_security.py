@@ -86,6 +86,7 @@ def may_be_seen(body: bytes) -> bool:
     return SECRET not in body and b"root:x:0:" not in body
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("start", [b"/", b"/sub/", b"//", b"/%2f", b"/sub/deeper/../../"])
 def test_no_way_up_leads_out(server: Server, root: Path, start: bytes) -> None:
     for up in UP:
@@ -144,6 +145,7 @@ def ask_raw(server: Server, request: bytes) -> bytes:
         return answer
 
 
+@pytest.mark.few(6)
 @pytest.mark.parametrize("what", MALFORMED)
 def test_a_malformed_request_gets_nothing_and_harms_nobody(
     server: Server, root: Path, what: str

@@ -56,8 +56,9 @@ def test_nothing_grows(
     before = statistics.median(part(rows, "resident MiB", 0.3, 0.5))
     after = statistics.median(part(rows, "resident MiB", 0.8, 1))
     assert after < 1.1 * before + 4, (before, after)
-    for name in ("descriptors", "pipe pages"):
-        assert max(part(rows, name, 0.8, 1)) <= 1.3 * max(part(rows, name, 0, 0.8)), name
+    if minutes >= 1:  # a few seconds' figures say nothing about these
+        for name in ("descriptors", "pipe pages"):
+            assert max(part(rows, name, 0.8, 1)) <= 1.3 * max(part(rows, name, 0, 0.8)), name
     # A guard, not a measure: a hub that waited for a disk or spun would be far beyond it.
     assert max(row["longest stall, ms"] for row in rows) < 5000
     record_property("cases", sum(figures["ended"].values()))

@@ -94,6 +94,7 @@ def name(request: pytest.FixtureRequest) -> Iterator[str]:
 Record = Callable[[str, object], None]
 
 
+@pytest.mark.few(8)
 @pytest.mark.parametrize("which", [0, 1])
 def test_an_exception_at_some_switches(
     tmp_path: Path, name: str, which: int, record_property: Record

@@ -102,6 +102,7 @@ assert figures.bytes_spliced >= 6 * {size}
     )
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("offload", ["auto", "always"])
 def test_eight_threads_with_a_hub_each(offload: str) -> None:
     run_program(work(8, 4, 300_000), GSPLICE_OFFLOAD=offload)
@@ -167,6 +168,7 @@ balanced()
     )
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("busy", [False, True], ids=["idle", "transferring"])
 def test_hubs_that_are_destroyed(busy: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """The others go on, and their pipes are theirs.
@@ -283,6 +285,7 @@ ENDINGS = {
 }
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("ending", ENDINGS)
 @pytest.mark.parametrize("offload", ["always", pytest.param("auto", marks=pytest.mark.long)])
 def test_the_interpreter_ends_with_transfers_under_way(

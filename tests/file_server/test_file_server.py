@@ -74,6 +74,7 @@ def huge(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("options", [[], ["--no-patch"]])
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_stops_cleanly_in_the_middle_of_a_download(
@@ -236,6 +237,7 @@ def test_http_1_0(server: Server) -> None:
     assert answer.body == BIG
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("options", [[], ["--no-patch"]])
 def test_clients_that_stall_or_go_away(huge: Path, options: list[str]) -> None:
     request = b"GET /huge HTTP/1.1\r\nHost: x\r\n\r\n"
@@ -253,6 +255,7 @@ def test_clients_that_stall_or_go_away(huge: Path, options: list[str]) -> None:
         assert server.stop() == (0, "")
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("options", [[], ["--no-patch"]])
 @pytest.mark.parametrize("sent", [b"", b"GET / HT", b"GET / HTTP/1.1\r\nHost: x\r\nX-Slow: "])
 def test_slow_clients_cost_no_thread(root: Path, options: list[str], sent: bytes) -> None:
@@ -273,6 +276,7 @@ def test_slow_clients_cost_no_thread(root: Path, options: list[str], sent: bytes
         assert server.stop() == (0, "")
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     ("sent", "drip", "answer"),
     [
@@ -360,6 +364,7 @@ def test_other_methods_are_refused(server: Server, root: Path, method: str) -> N
     assert (root / "text.txt").read_bytes() == TEXT
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("name", ["locked.txt", "locked/", "locked/inside.txt"])
 def test_unreadable_is_403(tmp_path: Path, name: str) -> None:
     (tmp_path / "locked.txt").write_bytes(SECRET)
@@ -415,6 +420,7 @@ def test_range_without_any_byte_is_416(server: Server, wanted: str) -> None:
     assert TEXT not in answer.body
 
 
+@pytest.mark.few
 @pytest.mark.parametrize(
     "wanted",
     [
@@ -715,6 +721,7 @@ def test_directory_without_slash_redirects(server: Server, target: str, location
     assert answer.headers["Location"] == location
 
 
+@pytest.mark.few
 @pytest.mark.parametrize(
     "target",
     [
@@ -790,6 +797,7 @@ ATTACKS = [
 ]
 
 
+@pytest.mark.few
 @pytest.mark.parametrize("target", ATTACKS)
 def test_nothing_outside_the_root(server: Server, target: bytes) -> None:
     answer = server.raw_get(target)

@@ -143,6 +143,7 @@ def test_the_console_script(root: Path, tmp_path: Path) -> None:
         assert done.stdout == f"__main__ ['{root}/program.py', 'x'] beside\n", done.stderr
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("missing", ["werkzeug", "jinja2"])
 def test_without_the_extra_it_says_what_to_install(missing: str) -> None:
     program = f"""
@@ -159,6 +160,7 @@ except SystemExit as err:
     assert run_program(program) == expected
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     "option",
     [
@@ -262,6 +264,7 @@ def test_an_error_of_a_worker_has_its_traceback() -> None:
     assert done.stderr.count("ZeroDivisionError: division by zero") == 6
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_all_in_the_middle_of_a_download(root: Path, number: int) -> None:
     with serving(root, "--workers", "2") as server, server.ask("huge"):

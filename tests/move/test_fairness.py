@@ -113,6 +113,7 @@ def sparse(path: Path, size: int) -> Path:
     return path
 
 
+@pytest.mark.few(1)
 def test_a_hot_sendfile_gives_way(tmp_path: Path, unix: Any, around: Any, others: Others) -> None:
     """The receiver is as fast as can be: the sender never meets EAGAIN."""
     sock, peer = unix()
@@ -224,6 +225,7 @@ def resident() -> int:
         return int(statm.read().split()[1]) * resource.getpagesize()
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("function", ["sendfile", "copyfileobj"])
 @pytest.mark.usefixtures("many_descriptors")
 def test_a_thousand_slow_clients(tmp_path: Path, unix: Any, function: str) -> None:

@@ -123,6 +123,7 @@ def check_whole(said: SimpleNamespace, data: bytes) -> None:
     assert said.pipes_in_use == 0
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize("error", OF_FILES)
 @pytest.mark.parametrize("temperature", TEMPERATURES)
 @pytest.mark.parametrize("way", WAYS)
@@ -140,6 +141,7 @@ def test_what_the_kernel_does_not_send_is_read(
         assert said.bytes_copied == SIZE
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("temperature", TEMPERATURES)
 @pytest.mark.parametrize("way", WAYS)
 def test_what_the_kernel_sends_no_further_is_read(
@@ -155,6 +157,7 @@ def test_what_the_kernel_sends_no_further_is_read(
     assert said.bytes_copied > 0
 
 
+@pytest.mark.few
 @pytest.mark.parametrize("temperature", TEMPERATURES)
 @pytest.mark.parametrize("way", ["sendfile", "copyfileobj", "copy"])
 def test_what_cannot_be_read_either_is_the_error_of_the_read(
@@ -170,6 +173,7 @@ def test_what_cannot_be_read_either_is_the_error_of_the_read(
     assert said.arrived == digest(b"")
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("error", OF_CONNECTIONS)
 @pytest.mark.parametrize("temperature", TEMPERATURES)
 @pytest.mark.parametrize("way", WAYS)
@@ -209,6 +213,7 @@ def serving(kind: str, root: Path, temperature: str, faults: list[str]) -> Any:
                 os.killpg(process.pid, signal.SIGKILL)
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("when", ["1+", "2+"])
 @pytest.mark.parametrize("temperature", TEMPERATURES)
 @pytest.mark.parametrize("kind", ["pywsgi", "gunicorn-gevent", "gunicorn-gevent_pywsgi"])
@@ -230,6 +235,7 @@ def test_a_server_reads_what_the_kernel_does_not_send(
 # ---- into a file
 
 
+@pytest.mark.few
 @pytest.mark.parametrize("error", ["ENODATA", "EREMOTEIO", "EIO"])
 @pytest.mark.parametrize("when", ["1+", "2+"])
 @pytest.mark.parametrize("source", ["unix", "bare_tcp", "pipe"])
@@ -245,6 +251,7 @@ def test_what_the_kernel_does_not_splice_into_a_file_is_written(
     assert said.fallbacks == {"refused": 1}
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("source", ["unix", "bare_tcp", "pipe"])
 def test_what_cannot_be_written_either_is_the_error_of_the_write(
     tmp_path: Path, source: str

@@ -78,6 +78,7 @@ def rest_of(src: Any) -> bytes:
 # ---- every pair
 
 
+@pytest.mark.few(64)
 @pytest.mark.parametrize("mover", MOVERS)
 @pytest.mark.parametrize("sink", KINDS)
 @pytest.mark.parametrize("source", KINDS)
@@ -103,6 +104,7 @@ def test_every_pair_moves_inside_the_kernel(ends: Ends, source: str, sink: str, 
         assert_fast(grown, source, sink, MANY)
 
 
+@pytest.mark.few
 @pytest.mark.parametrize(
     "count", [0, 1, 8 * KiB, 64 * KiB, 64 * KiB + 1, 1 * MiB, MANY - 1, MANY, MANY + 1, 1 << 40]
 )
@@ -204,6 +206,7 @@ def test_a_destination_open_for_both_can_be_read_and_written_on(
     assert digest(path.read_bytes()) == digest(new + old[len(new) :])
 
 
+@pytest.mark.few
 @pytest.mark.parametrize("size", [0, 1, 64 * KiB, 64 * KiB + 1])
 @pytest.mark.parametrize("sink", ["file", "tcp", "pipe"])
 @pytest.mark.parametrize("source", ["file", "tcp", "pipe"])
@@ -1116,6 +1119,7 @@ copies = Copies(*sys.argv[1:])
     assert digest((tmp_path / "to").read_bytes()) == digest(path.read_bytes())
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("loop", ["libev-cext", "libuv"])
 @pytest.mark.parametrize("direction", ["from", "into"])
 def test_a_blocking_pipe_is_left_blocking(loop: str, direction: str) -> None:

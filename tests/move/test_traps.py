@@ -67,6 +67,7 @@ def check_fault(directory: Path, way: str, error: str, when: str) -> None:
         assert said.fallbacks == ({} if call == "copy_file_range" else {"refused": 1})
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize(
     ("way", "error", "when"),
     [
@@ -92,6 +93,7 @@ def test_a_failing_system_call_loses_nothing(
     check_fault(tmp_path, way, error, when)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("error", ["ENOMEM", "EMFILE"])
 def test_without_pipes_a_transfer_goes_another_way(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: str
@@ -106,6 +108,7 @@ def test_without_pipes_a_transfer_goes_another_way(
     assert said.pipes_created == said.pipes_in_use == 0
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(
     "way", ["file to socket, no pipe", "file to socket", "socket to socket", "pipe to socket"]
 )
@@ -137,6 +140,7 @@ def send_with_urgent_byte(peer: Any, before: bytes, after: bytes) -> None:
     peer.shutdown(socket.SHUT_WR)
 
 
+@pytest.mark.few
 @pytest.mark.parametrize("inline", [False, True])
 @pytest.mark.parametrize(("before", "after"), [(0, 1000), (1000, 1000), (100_000, 100_000)])
 @pytest.mark.parametrize("sink", ["file", "tcp", "pipe"])

@@ -73,6 +73,7 @@ FORKS = {
 }
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("fork", FORKS)
 def test_the_child_has_none_of_the_parents_pipes(
     fork: str, monkeypatch: pytest.MonkeyPatch
@@ -458,6 +459,7 @@ BIG = some_bytes(6 * MiB)
 SMALL = some_bytes(60_000)
 
 
+@pytest.mark.few(6)
 @pytest.mark.parametrize("first", ["child", "both", "both", "both"])
 @pytest.mark.parametrize(
     ("transfer", "before", "data"),

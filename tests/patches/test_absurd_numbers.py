@@ -88,6 +88,7 @@ def bench(request: Any, tmp_path: Path) -> Iterator[Callable[[], Any]]:
         yield open_bench
 
 
+@pytest.mark.few
 @numbers
 @sizes
 @pytest.mark.parametrize("kind", ["buffered", "raw"])
@@ -96,6 +97,7 @@ def test_sendfile(bench: Any, argument: str, kind: str, size: int, number: Any) 
     Send(kind_named(SOURCES, kind), size, **{argument: number}).check(bench)
 
 
+@pytest.mark.few
 @numbers
 @pytest.mark.parametrize("size", [0, 1000, 70 * KiB])
 @pytest.mark.parametrize("argument", ["offset", "count"])
@@ -129,6 +131,7 @@ def test_sendfile_use_sendfile(bench: Any, argument: str, size: int, number: Any
     assert got == run(original, argument, number)
 
 
+@pytest.mark.few
 @numbers
 @sizes
 @pytest.mark.parametrize("source", ["buffered", "raw", "socket", "pipe"])
@@ -138,6 +141,7 @@ def test_copyfileobj(bench: Any, source: str, sink: str, size: int, number: Any)
     copy_of(source, sink, size, length=number).check(bench)
 
 
+@pytest.mark.few
 @numbers
 @sizes
 @pytest.mark.parametrize("source", ["file", "bare_tcp", "pipe"])
@@ -187,6 +191,7 @@ def test_idle_timeout(number: Any) -> None:
                     gsplice.relay(ours, server, idle_timeout=number)
 
 
+@pytest.mark.few
 @numbers
 @pytest.mark.parametrize("name", [n for n in Settings._checks if n not in ("offload", "patch_all")])
 def test_settings(name: str, number: Any) -> None:
@@ -271,6 +276,7 @@ RANGES = ["_RangeWrapper", "AppIterRange"]
 FAR = [FILE_SIZE - 1, FILE_SIZE, FILE_SIZE + 1, *WHOLE]
 
 
+@pytest.mark.few
 @pytest.mark.parametrize("server", SERVERS)
 @pytest.mark.parametrize("kind", RANGES)
 @pytest.mark.parametrize("length", ["", 100_000])
@@ -283,6 +289,7 @@ def test_a_range_that_begins_there(
     assert patched == plain
 
 
+@pytest.mark.few
 @pytest.mark.parametrize("server", SERVERS)
 @pytest.mark.parametrize("kind", RANGES)
 @pytest.mark.parametrize("length", ["", 300_000])
@@ -294,6 +301,7 @@ def test_a_range_that_ends_there(
     assert patched == plain
 
 
+@pytest.mark.few
 @pytest.mark.parametrize("server", SERVERS)
 @pytest.mark.parametrize("kind", ["whole", *RANGES])
 @pytest.mark.parametrize("length", [*FAR, "1.5", "x", "+5", "1_0"], ids=repr)

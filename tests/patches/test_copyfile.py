@@ -66,6 +66,7 @@ def source_with_metadata(path: Path, size: int) -> Path:
     return path
 
 
+@pytest.mark.few
 @pytest.mark.parametrize("size", [0, 1, 64 * 1024, 64 * 1024 + 1, SIZE])
 @pytest.mark.parametrize("copy", COPIES)
 def test_the_result_and_the_metadata_are_those_of_the_original(
@@ -203,6 +204,7 @@ def test_a_replaced_system_call_is_called(tmp_path: Path, monkeypatch: pytest.Mo
     assert grown.fallbacks == {"replaced": 1}
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("copy", ["copyfile", "copyfileobj"])
 def test_where_the_filesystem_shares_blocks_a_copy_takes_no_room(tmp_path: Path, copy: str) -> None:
     image, place = tmp_path / "image", tmp_path / "btrfs"
@@ -243,6 +245,7 @@ print(stats.bytes_copy_file_range, stats.offloads, dict(stats.fallbacks), get_hu
 """
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("copy", COPIES)
 @pytest.mark.parametrize("patching", ["monkey", "no monkey"])
 def test_before_there_is_a_hub_the_main_thread_copies_itself(
@@ -262,6 +265,7 @@ def test_before_there_is_a_hub_a_copy_to_another_filesystem_brings_none(tmp_path
     assert said == "0 0 {'other_hub': 1} None\n"
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("error", ["EXDEV", "EIO"])
 def test_before_there_is_a_hub_what_the_kernel_does_not_copy_is_read(
     tmp_path: Path, error: str

@@ -50,6 +50,7 @@ print(gsplice.stats().bytes_spliced)
 """
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(
     "patching",
     [
@@ -308,6 +309,7 @@ assert "pywsgi.WSGIHandler.get_environ" in gsplice.patch_all().patched
 """)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("kind", ["proxy", "slots", "legacy"])
 def test_an_import_does_not_fail_because_of_a_loader(kind: str) -> None:
     """As wrapt puts one around another's, or as old ones are."""

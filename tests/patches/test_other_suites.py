@@ -11,7 +11,13 @@ from pathlib import Path
 import outside
 import pytest
 
-QUICK = ("sendfile", "fileobject", "httpservers", "shutil")
+#: All others are long.
+MARKS = {
+    "fileobject": [],
+    "httpservers": [pytest.mark.thorough],
+    "sendfile": [pytest.mark.thorough],
+    "shutil": [pytest.mark.thorough],
+}
 
 #: A counter that has to move, or the suite has tested nothing of gsplice.
 USES = {
@@ -78,7 +84,7 @@ def names(tests: list[str]) -> set[str]:
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(n, marks=[] if n in QUICK else pytest.mark.long) for n in outside.SUITES],
+    [pytest.param(n, marks=MARKS.get(n, pytest.mark.long)) for n in outside.SUITES],
 )
 def test_nothing_fails_that_passes_without_gsplice(name: str) -> None:
     found = outside.compare(name)
@@ -101,6 +107,7 @@ def test_no_test_of_a_package_fails_that_passes_without_gsplice(name: str) -> No
     assert name not in TRANSFERS or found.patched.stats["transfers"]
 
 
+@pytest.mark.thorough
 def test_each_way_to_do_worse_with_gsplice_is_found(suite: Path) -> None:
     found = outside.compare("invented_suite", timeout=60)
     assert names(found.differences) == {
@@ -122,6 +129,7 @@ def test_a_test_that_hangs_with_gsplice_is_found_and_the_rest_run(suite: Path) -
     assert "passes" in names([t for t, o in found.patched.outcomes.items() if o == outside.PASSED])
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     ("present", "message"),
     [("test/__init__.py", "libpython3-testsuite"), ("other.py", "no such test")],

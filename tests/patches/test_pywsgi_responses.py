@@ -29,6 +29,7 @@ from gsplice._patches.pywsgi import FileWrapper
 BIG = 3 * 1024 * 1024 + 17
 
 
+@pytest.mark.few
 @pytest.mark.parametrize("size", [BIG, 100_000, 1000, 1])
 @pytest.mark.parametrize("declared", [True, False])
 def test_a_file_goes_out_whole_with_its_length(
@@ -519,6 +520,7 @@ def asked_twice(server: Any, method: str, version: str) -> list[tuple[int, bytes
 
 
 # Of a size that is far too large, the page cache gives whoever reads zeros now and then.
+@pytest.mark.few(3)
 @pytest.mark.parametrize(
     ("more", "direct"),
     [(more, ["--direct-io"]) for more in (1_000_000, 10, -10, -150_000, -299_999)]

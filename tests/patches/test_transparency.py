@@ -55,12 +55,14 @@ from sameness import (
 from gsplice._ends.small import SMALL_FILE as SMALL
 
 
+@pytest.mark.few
 @pytest.mark.parametrize("size", [1000, 200 * KiB])
 @pytest.mark.parametrize("kind", kinds(SOURCES))
 def test_sendfile_takes_each_kind_or_hands_it_on(bench, kind, size):
     Send(kind, min(size, kind.most)).check(bench)
 
 
+@pytest.mark.few
 @pytest.mark.parametrize("offset", [0, 1, 100 * KiB, 300 * KiB, -1, True, 2.5, None, "1", 1 << 63])
 @pytest.mark.parametrize("count", [None, 0, -1, 2.5, True, 1, 150 * KiB, 1 << 40, "2"])
 def test_sendfile_with_every_argument(bench, offset, count):
@@ -88,6 +90,7 @@ def test_sendfile(bench, examples):
     run_on(examples, lambda case: case.check(bench), case=sends())
 
 
+@pytest.mark.few
 @pytest.mark.parametrize(
     "sink", kinds(SINKS, lambda kind: kind.name in ("buffered", "socket", "pipe, FileObjectPosix"))
 )
@@ -96,6 +99,7 @@ def test_copyfileobj_takes_each_source_or_hands_it_on(bench, source, sink):
     copy_of(source, sink, 200 * KiB).check(bench)
 
 
+@pytest.mark.few
 @pytest.mark.parametrize("before", ["nothing", "pending", "read", "past"])
 @pytest.mark.parametrize(
     "source", kinds(SOURCES, lambda kind: kind.name in ("buffered", "socket", "pipe"))
@@ -105,6 +109,7 @@ def test_copyfileobj_takes_each_destination_or_hands_it_on(bench, source, sink, 
     copy_of(source, sink, 200 * KiB, before=before).check(bench)
 
 
+@pytest.mark.few
 @pytest.mark.parametrize(
     "length", [0, None, 1, 4096, -1, -2, 2.5, 0.0, True, "1", "", 1 << 30, 1 << 62, 1 << 63]
 )
@@ -200,6 +205,7 @@ def plug(bench: Bench, tcp: bool) -> tuple[Any, Any]:
 BIG = CONTENT[: 5 * MiB]
 
 
+@pytest.mark.few
 @pytest.mark.parametrize("tcp", [False, True], ids=["unix", "tcp"])
 @pytest.mark.parametrize("offset", [0, 1000])
 @pytest.mark.parametrize("ahead", [0, 10])
@@ -239,6 +245,7 @@ def test_sendfile_to_a_receiver_that_does_not_read(bench, kind, ahead, offset, t
     assert got.next_bytes == BIG[got.source_at :][:7]
 
 
+@pytest.mark.few
 @pytest.mark.parametrize("size", [1000, 5 * MiB])
 @pytest.mark.parametrize(
     "state", ["peer has gone", "shut down", "closed", "unconnected", "listening"]
@@ -304,6 +311,7 @@ def test_sendfile_of_a_file_with_unwritten_bytes(bench, size):
     assert grown.fallbacks == {}
 
 
+@pytest.mark.few
 @pytest.mark.parametrize("ahead", [0, 10])
 @pytest.mark.parametrize("buffering", [0, -1], ids=["raw", "buffered"])
 @pytest.mark.parametrize("name", ["buffered", "raw", "random", "socket", "socket, raw", "pipe"])

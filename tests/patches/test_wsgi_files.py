@@ -98,6 +98,7 @@ def test_a_wrapper_gives_the_file_from_where_it_stands(
     assert opened[0].closed
 
 
+@pytest.mark.few
 @pytest.mark.parametrize("stands", [0, 10])
 @pytest.mark.parametrize("part", PARTS)
 def test_a_part_is_what_iterating_gives(serve: Any, path: Path, part: str, stands: int) -> None:
@@ -122,6 +123,7 @@ def test_a_part_is_what_iterating_gives(serve: Any, path: Path, part: str, stand
     assert [file.closed for file in opened[1:]] == [closes, closes]
 
 
+@pytest.mark.few
 @pytest.mark.parametrize("part", PARTS)
 @pytest.mark.parametrize("length", [LENGTH - 10, 100])
 def test_a_part_is_cut_to_the_declared_length(
@@ -134,6 +136,7 @@ def test_a_part_is_cut_to_the_declared_length(
     assert answer.endswith(expected)
 
 
+@pytest.mark.few
 @pytest.mark.parametrize("part", PARTS)
 @pytest.mark.parametrize("declared", [LENGTH + 1, BIG])
 def test_after_less_than_the_declared_length_the_connection_is_closed(
@@ -154,6 +157,7 @@ def test_a_small_part_and_a_file_that_ends_before_it(serve: Any, tmp_path: Path,
     assert split(serve(lambda: PARTS[part](path.open("rb"))).ask(request()))[2] == b""
 
 
+@pytest.mark.few
 @pytest.mark.parametrize("part", [*PARTS, *WRAPPERS[1:]])
 def test_without_a_declared_length_headers_stay_what_they_are(
     serve: Any, path: Path, part: Any
@@ -168,6 +172,7 @@ def test_without_a_declared_length_headers_stay_what_they_are(
         assert headers["Content-Length"] == str(size) == str(len(body))
 
 
+@pytest.mark.few
 @pytest.mark.parametrize("part", PARTS)
 @pytest.mark.parametrize("kind", ["bytes", "gzip"])
 def test_what_is_not_a_plain_file_goes_as_before(

@@ -267,6 +267,7 @@ pipe.close()
     )
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("fault", ["ENFILE", "ENOMEM"])
 def test_a_system_without_descriptors_or_memory_is_no_error(fault: str, tmp_path: Path) -> None:
     program = (
@@ -751,6 +752,7 @@ assert gevent.get_hub().join(timeout=30) is True
     )
 
 
+@pytest.mark.few
 @pytest.mark.parametrize("destroyed", [True, False])
 @pytest.mark.parametrize("collecting", [True, False])
 def test_hubs_that_came_and_went_leave_their_pipes_to_all(
@@ -966,6 +968,7 @@ def interrupt():
 }
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("what", INTERRUPTIONS)
 @pytest.mark.parametrize("most", [4, 256])
 def test_no_line_minds_being_interrupted(what: str, most: int) -> None:
@@ -1114,6 +1117,7 @@ assert 3 <= passed <= settings.max_pipes, passed
 """
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("most", [6, 64])
 def test_four_threads_and_a_collection_at_every_turn(most: int) -> None:
     run_program(
@@ -1128,6 +1132,7 @@ def test_four_threads_and_a_collection_at_every_turn(most: int) -> None:
 # Memory, and the end
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     ("hub_room", "calls"), [(16, 100_000), (0, 100_000)], ids=["own list", "shared list"]
 )
@@ -1158,6 +1163,7 @@ def blocks_kept(calls: int) -> int:
     return sys.getallocatedblocks() - before
 
 
+@pytest.mark.few
 @pytest.mark.parametrize("hub", ["", "gevent.get_hub()"])
 @pytest.mark.parametrize(
     "left",
@@ -1182,6 +1188,7 @@ def test_the_interpreter_ends_silently(left: str, hub: str) -> None:
     run_program(PROGRAM + hub + "\n" + left)
 
 
+@pytest.mark.few
 @pytest.mark.parametrize("daemon", [True, False])
 @pytest.mark.parametrize("hub", [True, False])
 def test_the_interpreter_ends_silently_with_threads_alive(daemon: bool, hub: bool) -> None:

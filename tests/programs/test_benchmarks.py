@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from xml.etree import ElementTree
 
+import pytest
 from paths import PROJECT
 
 
@@ -18,8 +19,15 @@ def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, timeout=100)
 
 
-def test_the_cheap_ones_run_and_write_their_files(tmp_path: Path) -> None:
-    names = ("pool", "file_to_socket", "slow_readers")
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("pool",),
+        pytest.param(("pool", "file_to_socket", "slow_readers"), marks=pytest.mark.thorough),
+    ],
+    ids=len,
+)
+def test_the_cheap_ones_run_and_write_their_files(tmp_path: Path, names: tuple[str, ...]) -> None:
     done = run("--check", "--out", tmp_path, *names)
     assert done.returncode == 0, done.stdout + done.stderr
     page = (tmp_path / "RESULTS.md").read_text()

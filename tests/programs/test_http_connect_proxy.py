@@ -142,6 +142,7 @@ def proxy() -> Any:
         yield proxy
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize(
     ("request_", "status", "reason"),
     [

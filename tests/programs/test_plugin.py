@@ -49,11 +49,13 @@ def test_the_plugin_is_installed() -> None:
     assert "gsplice" in entry_points(group=GROUP).names
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("value", ["1", "true", "on", "yes", " YES "])
 def test_the_variable_switches_it_on(value: str) -> None:
     assert run_program(PATCH_AND_TELL.format(""), GSPLICE_PATCH_ALL=value) == DONE
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("value", ["", "0", "false", "off", "no", " NO "])
 def test_the_variable_leaves_it_off(value: str) -> None:
     assert run_program(PATCH_AND_TELL.format(""), GSPLICE_PATCH_ALL=value) == NOT_DONE
@@ -64,16 +66,19 @@ def test_without_the_variable_it_is_off(monkeypatch: pytest.MonkeyPatch) -> None
     assert run_program(PATCH_AND_TELL.format("")) == NOT_DONE
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("value", ["1", "perhaps"])
 def test_an_argument_switches_it_off_whatever_the_variable_says(value: str) -> None:
     assert run_program(PATCH_AND_TELL.format("gsplice=False"), GSPLICE_PATCH_ALL=value) == NOT_DONE
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("value", ["", "0"])
 def test_an_argument_switches_it_on_whatever_the_variable_says(value: str) -> None:
     assert run_program(PATCH_AND_TELL.format("gsplice=True"), GSPLICE_PATCH_ALL=value) == DONE
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(("variable", "setting"), [("0", True), ("1", False)])
 def test_the_setting_made_in_code_counts_more_than_the_variable(
     variable: str, setting: bool
@@ -156,6 +161,7 @@ with concurrent.futures.ThreadPoolExecutor(1) as pool:
 """
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("before", ["", "import gsplice", "import queue, shutil, socket"])
 def test_what_it_imports_half_way_through_the_patching_breaks_nothing(before: str) -> None:
     program = f"{before}\nimport gevent.monkey\ngevent.monkey.patch_all(gsplice=True)\n{THEN}"
@@ -268,6 +274,7 @@ def stats(connection: HTTPConnection) -> dict[str, Any]:
     return told
 
 
+@pytest.mark.few
 @pytest.mark.parametrize("worker", ["gevent", "gevent_pywsgi"])
 @pytest.mark.parametrize("switch", ["1", "0"])
 def test_gunicorn_with_an_unchanged_app(worker: str, switch: str, tmp_path: Path) -> None:

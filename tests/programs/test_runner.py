@@ -57,6 +57,7 @@ def programs(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(
     ("where", "arguments"),
     [
@@ -92,6 +93,7 @@ def test_a_program_sees_what_it_sees_when_python_runs_it(
     assert ours.stdout == usual_lines.replace("False", "True")
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(
     "ending",
     ["raise SystemExit(7)", "raise SystemExit('sorry')", "1/0", "import os; os._exit(3)", ""],
@@ -136,6 +138,7 @@ assert type(pickle.loads(pickle.dumps(Thing()))) is Thing
         assert (ours.returncode, ours.stderr) == (0, "")
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("name", ["doctor", "serve"])
 def test_a_script_called_like_a_command_is_run_by_its_path(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_text("print('the script', __name__)")
@@ -145,6 +148,7 @@ def test_a_script_called_like_a_command_is_run_by_its_path(tmp_path: Path, name:
     assert ours.stdout.startswith(f"usage: gsplice {name} ")
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("option", ["-h", "--help"])
 def test_help(tmp_path: Path, option: str) -> None:
     ours = python(tmp_path, "-m", "gsplice", option)
@@ -152,6 +156,7 @@ def test_help(tmp_path: Path, option: str) -> None:
     assert ours.stdout.startswith("usage: python -m gsplice ")
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(
     ("arguments", "code", "said"),
     [
@@ -178,6 +183,7 @@ def test_what_is_wrong_is_said_in_a_line(
     assert "Traceback" not in ours.stderr
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("target", [["broken.py"], ["-m", "broken"]])
 def test_errors_of_the_program_keep_their_traceback(programs: Path, target: list[str]) -> None:
     ours = python(programs / "sub", "-m", "gsplice", *target)

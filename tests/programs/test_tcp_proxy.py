@@ -218,6 +218,7 @@ def test_reset_is_passed_on() -> None:
         assert proxy.idle()["backends"][shown(backend.getsockname())]["broken"] == 1
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(
     ("listen", "host", "version"),
     [
@@ -302,6 +303,7 @@ def under_way() -> Iterator[tuple[Proxy, socket.socket, socket.socket]]:
         yield proxy, client, server
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_what_is_under_way_may_end(under_way: Any, number: int) -> None:
     proxy, client, server = under_way
@@ -417,6 +419,7 @@ def children(pid: int) -> set[int]:
 # ---- the command line
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -434,6 +437,7 @@ def test_wrong_arguments(options: list[str], message: str) -> None:
     assert message in done.stderr
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("workers", ["1", "2"])
 def test_port_that_is_taken(workers: str) -> None:
     with socket.socket() as sock:

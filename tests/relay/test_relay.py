@@ -226,6 +226,7 @@ print(json.dumps({"result": result, **figures}))
 """
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize(
     ("calls", "error", "when"),
     [

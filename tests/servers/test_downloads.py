@@ -231,6 +231,7 @@ def test_bulk_is_spliced(tmp_path):
     assert grown.bytes_copied <= 8 * KiB
 
 
+@pytest.mark.few
 @pytest.mark.parametrize("size", [1, 5000, 64 * KiB, 1 * MiB])
 @pytest.mark.parametrize("already", [1, 4000, 10_000, 1 * MiB])
 @pytest.mark.parametrize("way", ["read", "readinto", "read1", "readline", "peek"])
@@ -381,6 +382,7 @@ def test_crlf_after_a_body_is_read_ahead_and_dropped(tmp_path, number):
     assert wanted["second"] == (200, b"second")
 
 
+@pytest.mark.few
 @pytest.mark.parametrize("tail", [1, 100, 8 * KiB])
 @pytest.mark.parametrize("number", [1, 2, 1000])
 @pytest.mark.parametrize("size", AROUND)
@@ -852,6 +854,7 @@ def urllib3_compare(
     return wanted
 
 
+@pytest.mark.few
 @pytest.mark.parametrize("read", [0, 100, 10_000])
 @pytest.mark.parametrize("decode", [False, True])
 @pytest.mark.parametrize("size", [1000, *SIZES, 3 * MiB])
@@ -921,6 +924,7 @@ def test_urllib3_and_chunks(tmp_path):
     assert wanted["arrived"] == CONTENT[:200_000]
 
 
+@pytest.mark.few
 @pytest.mark.parametrize("decode", [False, True])
 @pytest.mark.parametrize("size", [5000, *AROUND])
 def test_urllib3_and_crlf_after_a_body(tmp_path, size, decode):
@@ -938,6 +942,7 @@ def test_urllib3_until_the_connection_is_closed(tmp_path):
     assert urllib3_compare(tmp_path, script)["arrived"] == CONTENT[:200_000]
 
 
+@pytest.mark.few
 @pytest.mark.parametrize("sent", [0, 5000, 200 * KiB])
 @pytest.mark.parametrize("ending", ["close", "reset", "stall"])
 def test_urllib3_and_a_body_that_breaks_off(tmp_path, ending, sent):

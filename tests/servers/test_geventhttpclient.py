@@ -71,6 +71,7 @@ def urlopen(server: Any, body: Any, headers: dict[str, str]) -> bytes:
         return agent.urlopen(url, method="POST", payload=body, headers=headers).content
 
 
+@pytest.mark.few
 @pytest.mark.parametrize("upload", [post, urlopen])
 @pytest.mark.parametrize("more", [{}, {"Expect": "100-continue"}], ids=["", "Expect"])
 @pytest.mark.parametrize(

@@ -85,6 +85,7 @@ WHOLE_ONLY = {path for path, (_, part) in FAST.items() if not part} - {"/bottle/
 HEAD_WITH_BODY = {"/plain/", "/wsgiref/", "/django/file.bin", "/django/File"}
 
 
+@pytest.mark.few
 @pytest.mark.parametrize("path", FAST)
 @pytest.mark.parametrize("kind", WSGI)
 def test_the_answers_are_the_same(servers: Any, served: Path, kind: str, path: str) -> None:
@@ -102,6 +103,7 @@ def test_the_answers_are_the_same(servers: Any, served: Path, kind: str, path: s
     assert theirs.seen()["transfers"] == 0
 
 
+@pytest.mark.few
 @pytest.mark.parametrize("path", FAST)
 @pytest.mark.parametrize("kind", WSGI)
 def test_the_fast_way(servers: Any, served: Path, kind: str, path: str) -> None:
@@ -118,6 +120,7 @@ def test_the_fast_way(servers: Any, served: Path, kind: str, path: str) -> None:
         assert sent == (500_000 if kind in part else 0)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("more", [100_000, -100_000])
 @pytest.mark.parametrize("kind", WSGI)
 def test_a_size_that_is_wrong(tmp_path: Path, kind: str, more: int) -> None:
@@ -141,6 +144,7 @@ def test_a_size_that_is_wrong(tmp_path: Path, kind: str, more: int) -> None:
                 assert comparable(ours.ask(asked)) == comparable(theirs.ask(asked)), path
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("kind", WSGI)
 def test_a_client_that_goes_away(servers: Any, served: Path, kind: str) -> None:
     """The file is closed, and others are answered."""
@@ -157,6 +161,7 @@ def test_a_client_that_goes_away(servers: Any, served: Path, kind: str) -> None:
     assert server.ask(request("/plain/")).endswith(content)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("worker", ["gevent", "gevent_pywsgi"])
 def test_gunicorn_with_an_application_loaded_before_the_fork(served: Path, worker: str) -> None:
     """Which worker answers is left to chance, but it is the same one for all of a connection."""

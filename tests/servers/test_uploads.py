@@ -54,6 +54,7 @@ def both(request: Any, servers: Any) -> Callable[..., bytes]:
     return ask
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("path", PATHS)
 def test_a_body(both: Any, path: str) -> None:
     [seen] = answers(both(lambda server: server.ask(post(path))))
@@ -68,6 +69,7 @@ def test_a_small_body(both: Any) -> None:
     assert seen["spliced"] == 0
 
 
+@pytest.mark.few
 @pytest.mark.parametrize("path", PATHS)
 def test_the_next_request_is_left_alone(both: Any, path: str) -> None:
     asked = post(path, close=False) + post(path, BODY[::-1], close=False) + request("/nothing")
@@ -78,6 +80,7 @@ def test_the_next_request_is_left_alone(both: Any, path: str) -> None:
     assert received.count(b"HTTP/1.1 ") == 3
 
 
+@pytest.mark.few
 @pytest.mark.parametrize("number", [1, 2, 1000])
 @pytest.mark.parametrize("path", PATHS)
 def test_crlf_after_a_body_is_left_to_the_server(both: Any, path: str, number: int) -> None:
@@ -117,6 +120,7 @@ def test_a_client_that_waits_to_be_asked(both: Any, path: str) -> None:
     assert answers(received)[0]["spliced"] > 0
 
 
+@pytest.mark.few
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("sent", [2 * MiB, len(BODY) - 1])
 def test_a_body_that_ends_too_early(both: Any, path: str, sent: int) -> None:

@@ -56,11 +56,15 @@ CONTENT = some_bytes(5 * MiB + 1)
 PENDING = b"written before"
 AFTER = b"written after"
 
-#: Each test runs on so many examples, and in the long run on twenty times as many.
+#: Each test runs on so many examples; on more in the thorough run, on many more in the long one.
 many_examples = pytest.mark.parametrize(
     "examples",
-    [300, pytest.param(6000, marks=[pytest.mark.long, pytest.mark.timeout(1800)])],
-    ids=["short", "long"],
+    [
+        100,
+        pytest.param(300, marks=pytest.mark.thorough),
+        pytest.param(6000, marks=[pytest.mark.long, pytest.mark.timeout(1800)]),
+    ],
+    ids=["short", "thorough", "long"],
 )
 
 

@@ -218,6 +218,7 @@ def filesystems(tmp_path: Path, *options: str) -> Iterator[list[Path]]:
         yield [*directories, slow.mount, slow.control]
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("loop", LOOPS)
 @pytest.mark.parametrize("options", [(), ("--direct-io",)], ids=["cached", "direct_io"])
@@ -290,6 +291,7 @@ assert gsplice.stats().bytes_copy_file_range == 8 * size
 """
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("loop", LOOPS)
 def test_first_transfers_end(tmp_path: Path, loop: str, order: str) -> None:
@@ -336,6 +338,7 @@ print(stats.offloads > 0)
 """
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("loop", LOOPS)
 def test_a_first_cold_read_with_few_descriptors_left(tmp_path: Path, loop: str, order: str) -> None:

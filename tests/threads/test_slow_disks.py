@@ -195,6 +195,7 @@ def outcome(
 # ---- cold files of a disk
 
 
+@pytest.mark.few
 @pytest.mark.parametrize("position", [0, 1000])
 @pytest.mark.parametrize("size", [5000, SMALL, 3 * MiB + 5])
 @pytest.mark.parametrize("way", TO_ANY)
@@ -229,6 +230,7 @@ def test_a_warm_file_needs_no_thread(tmp_path: Path, way: str, size: int) -> Non
         assert grown.offloads == 0
 
 
+@pytest.mark.few
 @pytest.mark.parametrize("count", [1, SMALL, 1 * MiB + 1])
 @pytest.mark.parametrize("offset", [0, 4097])
 @pytest.mark.parametrize("function", ["sendfile", "copy", "_sendfile_use_sendfile"])
@@ -758,6 +760,7 @@ def test_the_socket_closed_while_a_thread_reads(
 # ---- errors of the disk
 
 
+@pytest.mark.few
 @pytest.mark.parametrize("error", ["EIO", "ESTALE"])
 @pytest.mark.parametrize("beyond", [0, 1 * MiB])
 @pytest.mark.parametrize("way", TO_ANY)
@@ -1206,6 +1209,7 @@ print(gsplice.stats().offloads, len(os.listdir('/proc/self/task')), flush=True)
 """
 
 
+@pytest.mark.few
 @pytest.mark.parametrize(
     ("policy", "offloads"), [("auto", True), ("always", True), ("never", False)]
 )
