@@ -48,7 +48,7 @@ def serve() -> None:
                 os.write(log, f"expired {note}\n".encode())
                 break
             time.sleep(0.001)
-        for name in ("EIO", "ESTALE", "ENOSPC"):
+        for name in ("EAGAIN", "EIO", "ESTALE", "ENOSPC"):
             if offset + size > _number(options.control / f"{name}-{operation}-{path[1:]}"):
                 raise FuseOSError(getattr(errno, name))
 
