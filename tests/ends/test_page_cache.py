@@ -86,11 +86,20 @@ def test_all_in_the_page_cache(disk: int) -> None:
     assert cache.cached(disk, 8 * MiB - 5, 5) == 5
 
 
+def cold_answers(fd: int, cache: Residency, *asked_for: int) -> Iterator[int]:
+    """Yield answers about what has just been dropped.
+
+    The question itself has it read ahead, and a fast disk may be done before the answer: once in
+    several thousand times on a busy machine. So who wants to see 0 asks several times.
+    """
+    for _ in range(5):
+        drop(fd)
+        yield cache.cached(fd, *asked_for)
+
+
 def test_nothing_in_the_page_cache(disk: int) -> None:
-    drop(disk)
-    cache = asked(disk)
-    assert cache.cached(disk, 0, 8 * MiB) == 0
-    assert cache.cached(disk, 5 * MiB, 1) == 0
+    assert 0 in cold_answers(disk, asked(disk), 0, 8 * MiB)
+    assert 0 in cold_answers(disk, asked(disk), 5 * MiB, 1)
 
 
 def test_it_ends_before_a_hole_in_the_page_cache(disk: int) -> None:
@@ -155,8 +164,8 @@ def test_an_answer_is_believed_for_some_time(
     monkeypatch.setattr(page_cache, "BELIEVED", believed)
     cache = asked(disk)
     assert cache.cached(disk, 0, 4 * MiB) == 4 * MiB
-    drop(disk)
-    assert cache.cached(disk, 1 * MiB, 1 * MiB) == (1 * MiB if believed > 0 else 0)
+    answers = cold_answers(disk, cache, 1 * MiB, 1 * MiB)
+    assert (next(answers) == 1 * MiB) if believed > 0 else (0 in answers)
 
 
 def test_at_the_end_and_beyond(disk: int) -> None:
