@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import gevent
@@ -86,53 +86,68 @@ def test_all_in_the_page_cache(disk: int) -> None:
     assert cache.cached(disk, 8 * MiB - 5, 5) == 5
 
 
-def cold_answers(fd: int, cache: Residency, *asked_for: int) -> Iterator[int]:
-    """Yield answers about what has just been dropped.
+def least(
+    prepare: Callable[[], object], fd: int, offset: int, most: int, cache: Residency | None = None
+) -> int:
+    """Return the least of several answers, each after *prepare* has been called.
 
-    The question itself has it read ahead, and a fast disk may be done before the answer: once in
-    several thousand times on a busy machine. So who wants to see 0 asks several times.
+    To ask about what is not there has it read, and a fast disk may be done before the answer: on a
+    busy machine up to every seventh time.
     """
-    for _ in range(5):
-        drop(fd)
-        yield cache.cached(fd, *asked_for)
+    answers = []
+    for _ in range(6):
+        prepare()
+        answers.append((cache or asked(fd)).cached(fd, offset, most))
+    return min(answers)
 
 
 def test_nothing_in_the_page_cache(disk: int) -> None:
-    assert 0 in cold_answers(disk, asked(disk), 0, 8 * MiB)
-    assert 0 in cold_answers(disk, asked(disk), 5 * MiB, 1)
+    assert least(lambda: drop(disk), disk, 0, 8 * MiB) == 0
+    assert least(lambda: drop(disk), disk, 5 * MiB, 1) == 0
 
 
 def test_it_ends_before_a_hole_in_the_page_cache(disk: int) -> None:
-    drop(disk)
-    warm(disk, 0, 1 * MiB)
-    warm(disk, 2 * MiB, 6 * MiB)
-    assert not in_core(disk, 1 * MiB, 1)
-    assert asked(disk).cached(disk, 0, 4 * MiB) == 1 * MiB
+    def all_but_the_second() -> None:
+        drop(disk)
+        warm(disk, 0, 1 * MiB)
+        warm(disk, 2 * MiB, 6 * MiB)
+        assert not in_core(disk, 1 * MiB, 1)
+
+    assert least(all_but_the_second, disk, 0, 4 * MiB) == 1 * MiB
     assert asked(disk).cached(disk, 2 * MiB, 4 * MiB) == 4 * MiB
 
 
 def test_each_stride_counts(disk: int) -> None:
-    drop(disk)
-    warm(disk, 0, 2 * STRIDE)
-    warm(disk, 3 * STRIDE, 8 * MiB - 3 * STRIDE)
-    assert not in_core(disk, 2 * STRIDE, 1)
-    assert asked(disk).cached(disk, 0, 4 * MiB) == 2 * STRIDE
+    def all_but_the_third() -> None:
+        drop(disk)
+        warm(disk, 0, 2 * STRIDE)
+        warm(disk, 3 * STRIDE, 8 * MiB - 3 * STRIDE)
+        assert not in_core(disk, 2 * STRIDE, 1)
+
+    assert least(all_but_the_third, disk, 0, 4 * MiB) == 2 * STRIDE
 
 
 def test_nobody_can_choose_what_goes_unnoticed(disk: int) -> None:
     """Requests for single bytes leave the pages at the ends of the strides."""
-    drop(disk)
-    for offset in range(0, 8 * MiB, STRIDE):
-        for page in (offset, offset + STRIDE - 4 * KiB):
-            warm(disk, page, 4 * KiB)
-    assert asked(disk).cached(disk, 0, 8 * MiB) < 8 * MiB
+
+    def ends_of_the_strides() -> None:
+        drop(disk)
+        for offset in range(0, 8 * MiB, STRIDE):
+            for page in (offset, offset + STRIDE - 4 * KiB):
+                warm(disk, page, 4 * KiB)
+
+    assert least(ends_of_the_strides, disk, 0, 8 * MiB) < 8 * MiB
 
 
 def test_what_was_only_read_ahead_does_not_count(disk: int) -> None:
     """Its last page may be resident and its next one under way."""
-    drop(disk)
-    warm(disk, 0, 1 * MiB)
-    assert asked(disk).cached(disk, 0, 512 * KiB) == 0
+
+    def first_mib() -> None:
+        drop(disk)
+        warm(disk, 0, 1 * MiB)
+
+    assert least(first_mib, disk, 0, 512 * KiB) == 0
+    first_mib()
     warm(disk, 512 * KiB + READ_AHEAD, 4 * KiB)
     assert asked(disk).cached(disk, 0, 512 * KiB) == 512 * KiB
 
@@ -164,8 +179,9 @@ def test_an_answer_is_believed_for_some_time(
     monkeypatch.setattr(page_cache, "BELIEVED", believed)
     cache = asked(disk)
     assert cache.cached(disk, 0, 4 * MiB) == 4 * MiB
-    answers = cold_answers(disk, cache, 1 * MiB, 1 * MiB)
-    assert (next(answers) == 1 * MiB) if believed > 0 else (0 in answers)
+    assert least(lambda: drop(disk), disk, 1 * MiB, 1 * MiB, cache) == (
+        1 * MiB if believed > 0 else 0
+    )
 
 
 def test_at_the_end_and_beyond(disk: int) -> None:

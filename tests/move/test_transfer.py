@@ -342,7 +342,7 @@ def huge(tmp_path: Path) -> Path:
             file.seek(offset)
             file.write(some_bytes(200 * KiB, seed))
             if offset != OFFSETS[-1]:
-                file.seek(gsplice.config.READ_AHEAD, os.SEEK_CUR)
+                file.seek(gsplice.page_cache.READ_AHEAD, os.SEEK_CUR)
                 file.write(b"x")
     return path
 
