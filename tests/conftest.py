@@ -27,7 +27,17 @@ from gsplice._ends import page_cache
 from gsplice._os.linux import filesystem_type
 
 #: Fixtures of several rooms.
-pytest_plugins = ["example_file_server", "pool", "processes", "sameness", "wsgi"]
+pytest_plugins = [
+    "example_file_server",
+    "pairs",
+    "pool",
+    "processes",
+    "recognising",
+    "responses",
+    "sameness",
+    "slow_disks",
+    "wsgi",
+]
 
 #: The name of a socket pair, and the same through a real connection.
 Pair = tuple[gevent.socket.socket, gevent.socket.socket]

@@ -61,12 +61,6 @@ def memory() -> Iterator[int]:
         os.close(fd)
 
 
-@pytest.fixture(scope="module")
-def slow(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SlowFS]:
-    with SlowFS(tmp_path_factory.mktemp("slow")) as mounted:
-        yield mounted
-
-
 @pytest.fixture
 def far(slow: SlowFS, request: pytest.FixtureRequest) -> Iterator[int]:
     """8 MiB on FUSE, none of it in the page cache."""

@@ -15,12 +15,10 @@ import gevent.socket
 import pytest
 from conftest import digest, open_descriptors, receive_all, receiver, some_bytes
 from ends import GUARD, Ends, KiB, MiB, is_waited_for, until
-from gevent.monkey import get_original
+from unpatched import unpatched_copyfileobj
 from victims import Victim, assert_clean
 
 import gsplice
-
-unpatched_copyfileobj = get_original("shutil", "copyfileobj")
 
 
 def move(src: Any, dst: Any) -> int:

@@ -32,17 +32,13 @@ from gsplice._move.transfer import Transfer
 
 waitpid = get_original("os", "waitpid")  # gevent's may lose a child under libuv
 
+pytestmark = pytest.mark.usefixtures("threads_idle")
+
 #: Jobs for closing what the thread had of a file of a filesystem that is told of each close.
 CLOSING = 1
 
 #: More than a small pipe holds.
 DATA = some_bytes(250 * KiB)
-
-
-@pytest.fixture(scope="module")
-def slow(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SlowFS]:
-    with SlowFS(tmp_path_factory.mktemp("slow")) as filesystem:
-        yield filesystem
 
 
 class Held(Ends):
@@ -96,13 +92,6 @@ def small_pipe(no_pipe_lost: None) -> Iterator[None]:
     yield
     with contextlib.suppress(OSError, ValueError):  # it is closed
         fcntl.fcntl(pipe.write_fd, fcntl.F_SETPIPE_SZ, pipe.capacity)
-
-
-@pytest.fixture(autouse=True)
-def threads_idle(no_pipe_lost: None) -> Iterator[None]:
-    yield
-    threads_done()
-    until(lambda: gsplice.stats().pipes_in_use == 0)
 
 
 def test_one_trip_for_all_there_is(slow: SlowFS, tmp_path: Path) -> None:

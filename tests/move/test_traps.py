@@ -22,11 +22,9 @@ from ends import GUARD, MOVERS, Ends, KiB, MiB, is_waited_for, until
 from gevent.fileobject import FileObjectPosix
 from gevent.monkey import get_original
 from strace import SIZE, traced
+from unpatched import unpatched_copyfileobj
 
 import gsplice
-
-unpatched_copyfileobj = get_original("shutil", "copyfileobj")
-
 
 WAYS = {
     "file to socket, no pipe": ("file", "bare_unix", "sendfile"),

@@ -13,10 +13,11 @@ from typing import Any
 import gevent
 import gevent.socket
 import pytest
+from bench import Bench
 from conftest import counting, digest, file_of, receive_all, some_bytes
 from ends import Ends, MiB, connection
 from gevent.monkey import get_original
-from kinds import SINKS, SOURCES, Bench
+from kinds import SINKS, SOURCES
 from processes import Server, request, serving
 from sameness import KiB, Outcome, Send, copy_of, kind_named
 

@@ -19,6 +19,7 @@ from conftest import counting, digest, file_of, open_descriptors, run_program, s
 from ends import GUARD, MiB, mounted, threads_done, until
 from gevent.monkey import get_original
 from slowfs import SlowFS
+from unpatched import unpatched
 
 import gsplice
 
@@ -41,15 +42,6 @@ def slow(tmp_path: Path) -> Iterator[SlowFS]:
 def hub() -> Any:
     """Without one, nobody could run meanwhile, and all goes to the original."""
     return gevent.get_hub()
-
-
-@contextlib.contextmanager
-def unpatched() -> Iterator[None]:
-    gsplice.unpatch_all()
-    try:
-        yield
-    finally:
-        gsplice.patch_all()
 
 
 def metadata(path: Path) -> tuple[Any, ...]:

@@ -18,17 +18,10 @@ from typing import Any
 import gevent
 import gevent.socket
 import pytest
+from bench import FITS, Bench
 from conftest import counting, receive_all
 from hypothesis import strategies as st
-from kinds import (
-    FILE,
-    FITS,
-    PIPE,
-    SINKS,
-    SOCKET,
-    SOURCES,
-    Bench,
-)
+from kinds import FILE, PIPE, SINKS, SOCKET, SOURCES
 from sameness import (
     AFTER,
     CONTENT,
@@ -58,15 +51,15 @@ from gsplice._ends.small import SMALL_FILE as SMALL
 @pytest.mark.few
 @pytest.mark.parametrize("size", [1000, 200 * KiB])
 @pytest.mark.parametrize("kind", kinds(SOURCES))
-def test_sendfile_takes_each_kind_or_hands_it_on(bench, kind, size):
-    Send(kind, min(size, kind.most)).check(bench)
+def test_sendfile_takes_each_kind_or_hands_it_on(open_bench, kind, size):
+    Send(kind, min(size, kind.most)).check(open_bench)
 
 
 @pytest.mark.few
 @pytest.mark.parametrize("offset", [0, 1, 100 * KiB, 300 * KiB, -1, True, 2.5, None, "1", 1 << 63])
 @pytest.mark.parametrize("count", [None, 0, -1, 2.5, True, 1, 150 * KiB, 1 << 40, "2"])
-def test_sendfile_with_every_argument(bench, offset, count):
-    Send(SOURCES[0], 200 * KiB, ahead=10, offset=offset, count=count).check(bench)
+def test_sendfile_with_every_argument(open_bench, offset, count):
+    Send(SOURCES[0], 200 * KiB, ahead=10, offset=offset, count=count).check(open_bench)
 
 
 def sends() -> st.SearchStrategy[Send]:
@@ -86,8 +79,8 @@ def sends() -> st.SearchStrategy[Send]:
 
 
 @many_examples
-def test_sendfile(bench, examples):
-    run_on(examples, lambda case: case.check(bench), case=sends())
+def test_sendfile(open_bench, examples):
+    run_on(examples, lambda case: case.check(open_bench), case=sends())
 
 
 @pytest.mark.few
@@ -95,8 +88,8 @@ def test_sendfile(bench, examples):
     "sink", kinds(SINKS, lambda kind: kind.name in ("buffered", "socket", "pipe, FileObjectPosix"))
 )
 @pytest.mark.parametrize("source", kinds(SOURCES))
-def test_copyfileobj_takes_each_source_or_hands_it_on(bench, source, sink):
-    copy_of(source, sink, 200 * KiB).check(bench)
+def test_copyfileobj_takes_each_source_or_hands_it_on(open_bench, source, sink):
+    copy_of(source, sink, 200 * KiB).check(open_bench)
 
 
 @pytest.mark.few
@@ -105,8 +98,8 @@ def test_copyfileobj_takes_each_source_or_hands_it_on(bench, source, sink):
     "source", kinds(SOURCES, lambda kind: kind.name in ("buffered", "socket", "pipe"))
 )
 @pytest.mark.parametrize("sink", kinds(SINKS))
-def test_copyfileobj_takes_each_destination_or_hands_it_on(bench, source, sink, before):
-    copy_of(source, sink, 200 * KiB, before=before).check(bench)
+def test_copyfileobj_takes_each_destination_or_hands_it_on(open_bench, source, sink, before):
+    copy_of(source, sink, 200 * KiB, before=before).check(open_bench)
 
 
 @pytest.mark.few
@@ -116,8 +109,8 @@ def test_copyfileobj_takes_each_destination_or_hands_it_on(bench, source, sink, 
 @pytest.mark.parametrize(
     "source", kinds(SOURCES, lambda kind: kind.name in ("buffered", "raw", "socket", "pipe"))
 )
-def test_copyfileobj_with_every_length(bench, source, length):
-    copy_of(source, kind_named(SINKS, "buffered"), 200 * KiB, length=length).check(bench)
+def test_copyfileobj_with_every_length(open_bench, source, length):
+    copy_of(source, kind_named(SINKS, "buffered"), 200 * KiB, length=length).check(open_bench)
 
 
 def copies() -> st.SearchStrategy[Copy]:
@@ -136,13 +129,13 @@ def copies() -> st.SearchStrategy[Copy]:
 
 
 @many_examples
-def test_copyfileobj(bench, examples):
-    run_on(examples, lambda case: case.check(bench), case=copies())
+def test_copyfileobj(open_bench, examples):
+    run_on(examples, lambda case: case.check(open_bench), case=copies())
 
 
 @pytest.mark.parametrize("call", ["sendfile", "copyfileobj"])
 @pytest.mark.parametrize("size", [30 * KiB, 300 * KiB])
-def test_what_was_read_ahead_goes_first(bench, call, size):
+def test_what_was_read_ahead_goes_first(open_bench, call, size):
     """Even if the file says something else by now, as somebody has overwritten it since."""
 
     def attempt(patched: bool, test: Bench) -> bytes:
@@ -161,9 +154,9 @@ def test_what_was_read_ahead_goes_first(bench, call, size):
         sender.close()
         return received.get()
 
-    with bench() as test:
+    with open_bench() as test:
         wanted = attempt(False, test)
-    with bench() as test, counting() as grown:
+    with open_bench() as test, counting() as grown:
         assert attempt(True, test) == wanted
     assert wanted.startswith(CONTENT[10:1000])
     assert wanted.endswith(bytes(1000))
@@ -171,7 +164,7 @@ def test_what_was_read_ahead_goes_first(bench, call, size):
 
 
 @pytest.mark.parametrize("name", ["buffered", "socket", "pipe"])
-def test_a_file_that_was_copied_to_can_be_read_and_written_on(bench, name):
+def test_a_file_that_was_copied_to_can_be_read_and_written_on(open_bench, name):
     """Its buffer knows where the file stands now, without having been asked in between."""
 
     def attempt(function: Callable[..., Any], test: Bench) -> list[Any]:
@@ -184,9 +177,9 @@ def test_a_file_that_was_copied_to_can_be_read_and_written_on(bench, name):
         sink.close()
         return [*seen, path.read_bytes()]
 
-    with bench() as test:
+    with open_bench() as test:
         wanted = attempt(unpatched_copyfileobj, test)
-    with bench() as test, counting() as grown:
+    with open_bench() as test, counting() as grown:
         assert attempt(shutil.copyfileobj, test) == wanted
     assert moved(grown) == 200 * KiB
 
@@ -194,9 +187,9 @@ def test_a_file_that_was_copied_to_can_be_read_and_written_on(bench, name):
 # --- transfers that fail ---
 
 
-def plug(bench: Bench, tcp: bool) -> tuple[Any, Any]:
+def plug(open_bench: Bench, tcp: bool) -> tuple[Any, Any]:
     """Return a pair that takes much less than the tests send, as long as nobody reads."""
-    sender, peer = bench.pair(tcp)
+    sender, peer = open_bench.pair(tcp)
     sender.setsockopt(stdlib_socket.SOL_SOCKET, stdlib_socket.SO_SNDBUF, 64 * KiB)
     peer.setsockopt(stdlib_socket.SOL_SOCKET, stdlib_socket.SO_RCVBUF, 64 * KiB)
     return sender, peer
@@ -212,7 +205,7 @@ BIG = CONTENT[: 5 * MiB]
 @pytest.mark.parametrize(
     "kind", kinds(SOURCES, lambda kind: kind.role == FILE and kind.name != "big buffer")
 )
-def test_sendfile_to_a_receiver_that_does_not_read(bench, kind, ahead, offset, tcp):
+def test_sendfile_to_a_receiver_that_does_not_read(open_bench, kind, ahead, offset, tcp):
     """Both time out; ours leaves the file where sending stopped."""
 
     def attempt(function: Callable[..., Any], test: Bench) -> tuple[Outcome, bytes]:
@@ -227,9 +220,9 @@ def test_sendfile_to_a_receiver_that_does_not_read(bench, kind, ahead, offset, t
         return outcome, receive_all(peer)
 
     start = offset or ahead
-    with bench() as test:
+    with open_bench() as test:
         wanted, _ = attempt(unpatched_sendfile, test)
-    with bench() as test, counting() as grown:
+    with open_bench() as test, counting() as grown:
         got, arrived = attempt(gevent.socket.socket.sendfile, test)
     if kind.name == "FileObjectPosix" and wanted.error == (ValueError, None):
         # gevent 24.10 keeps no "b" in its mode, and sendfile wants to see one
@@ -251,7 +244,7 @@ def test_sendfile_to_a_receiver_that_does_not_read(bench, kind, ahead, offset, t
     "state", ["peer has gone", "shut down", "closed", "unconnected", "listening"]
 )
 @pytest.mark.parametrize("name", ["buffered", "raw", "random"])
-def test_sendfile_to_a_socket_that_cannot_send(bench, name, state, size):
+def test_sendfile_to_a_socket_that_cannot_send(open_bench, name, state, size):
     def attempt(function: Callable[..., Any], test: Bench) -> Outcome:
         source = test.keep(kind_named(SOURCES, name).make(test, CONTENT[:size]))
         sender, peer = test.pair()
@@ -271,9 +264,9 @@ def test_sendfile_to_a_socket_that_cannot_send(bench, name, state, size):
         outcome.source_at = position(source)
         return outcome
 
-    with bench() as test:
+    with open_bench() as test:
         wanted = attempt(unpatched_sendfile, test)
-    with bench() as test, counting() as grown:
+    with open_bench() as test, counting() as grown:
         got = attempt(gevent.socket.socket.sendfile, test)
     assert got.error == wanted.error
     assert got.error is not None
@@ -286,7 +279,7 @@ def test_sendfile_to_a_socket_that_cannot_send(bench, name, state, size):
 
 
 @pytest.mark.parametrize("size", [1000, 200 * KiB])
-def test_sendfile_of_a_file_with_unwritten_bytes(bench, size):
+def test_sendfile_of_a_file_with_unwritten_bytes(open_bench, size):
     """They are a part of it."""
 
     def attempt(function: Callable[..., Any], test: Bench) -> Outcome:
@@ -302,9 +295,9 @@ def test_sendfile_of_a_file_with_unwritten_bytes(bench, size):
         outcome.arrived = received.get()
         return outcome
 
-    with bench() as test:
+    with open_bench() as test:
         wanted = attempt(unpatched_sendfile, test)
-    with bench() as test, counting() as grown:
+    with open_bench() as test, counting() as grown:
         assert attempt(gevent.socket.socket.sendfile, test) == wanted
     assert wanted.arrived == (CONTENT[:size] + PENDING)[1:]
     assert moved(grown) == len(wanted.arrived)
@@ -315,7 +308,7 @@ def test_sendfile_of_a_file_with_unwritten_bytes(bench, size):
 @pytest.mark.parametrize("ahead", [0, 10])
 @pytest.mark.parametrize("buffering", [0, -1], ids=["raw", "buffered"])
 @pytest.mark.parametrize("name", ["buffered", "raw", "random", "socket", "socket, raw", "pipe"])
-def test_copyfileobj_to_a_receiver_that_does_not_read(bench, name, buffering, ahead):
+def test_copyfileobj_to_a_receiver_that_does_not_read(open_bench, name, buffering, ahead):
     """Both time out; of a file ours leaves what was not delivered to be read again."""
 
     def attempt(function: Callable[..., Any], test: Bench) -> tuple[Outcome, bytes]:
@@ -333,9 +326,9 @@ def test_copyfileobj_to_a_receiver_that_does_not_read(bench, name, buffering, ah
             sink.close()
         return outcome, arrived
 
-    with bench() as test:
+    with open_bench() as test:
         wanted, _ = attempt(unpatched_copyfileobj, test)
-    with bench() as test, counting() as grown:
+    with open_bench() as test, counting() as grown:
         got, arrived = attempt(shutil.copyfileobj, test)
     assert got.error == wanted.error == (TimeoutError, None)
     assert arrived == BIG[ahead : ahead + len(arrived)]
@@ -348,9 +341,9 @@ def test_copyfileobj_to_a_receiver_that_does_not_read(bench, name, buffering, ah
 
 
 @pytest.mark.parametrize("name", ["buffered", "random"])
-def test_copyfileobj_leaves_what_was_read_ahead_and_not_delivered(bench, name):
+def test_copyfileobj_leaves_what_was_read_ahead_and_not_delivered(open_bench, name):
     """The receiver is stuck from the beginning, so that the read-ahead meets the timeout."""
-    with bench() as test, counting() as grown:
+    with open_bench() as test, counting() as grown:
         source = test.keep(kind_named(SOURCES, name).make(test, BIG))
         read_before(source, 10)
         sender, _ = plug(test, tcp=False)
@@ -367,7 +360,7 @@ def test_copyfileobj_leaves_what_was_read_ahead_and_not_delivered(bench, name):
 
 @pytest.mark.parametrize("to", ["buffered", "socket", "pipe, FileObjectPosix"])
 @pytest.mark.parametrize("buffering", [0, -1], ids=["raw", "buffered"])
-def test_copyfileobj_from_a_sender_that_stops(bench, buffering, to):
+def test_copyfileobj_from_a_sender_that_stops(open_bench, buffering, to):
     """Both time out, and neither file can be read after that."""
 
     def attempt(function: Callable[..., Any], test: Bench) -> tuple[Outcome, Outcome, Any]:
@@ -383,9 +376,9 @@ def test_copyfileobj_from_a_sender_that_stops(bench, buffering, to):
         sink.close()
         return first, second, collect()
 
-    with bench() as test:
+    with open_bench() as test:
         wanted = attempt(unpatched_copyfileobj, test)
-    with bench() as test, counting() as grown:
+    with open_bench() as test, counting() as grown:
         got = attempt(shutil.copyfileobj, test)
     assert got[:2] == wanted[:2]
     assert got[0].error == (TimeoutError, None)
@@ -398,7 +391,7 @@ def test_copyfileobj_from_a_sender_that_stops(bench, buffering, to):
 
 @pytest.mark.parametrize("to", [SOCKET, PIPE])
 @pytest.mark.parametrize("name", ["buffered", "socket", "pipe"])
-def test_copyfileobj_to_somebody_who_has_gone(bench, name, to):
+def test_copyfileobj_to_somebody_who_has_gone(open_bench, name, to):
     def attempt(function: Callable[..., Any], test: Bench) -> Outcome:
         source = test.keep(kind_named(SOURCES, name).make(test, CONTENT[: 200 * KiB]))
         if to == PIPE:
@@ -413,9 +406,9 @@ def test_copyfileobj_to_somebody_who_has_gone(bench, name, to):
         outcome.call(function, source, test.keep(sink))
         return outcome
 
-    with bench() as test:
+    with open_bench() as test:
         wanted = attempt(unpatched_copyfileobj, test)
-    with bench() as test, counting() as grown:
+    with open_bench() as test, counting() as grown:
         got = attempt(shutil.copyfileobj, test)
     assert got == wanted
     assert got.error == (BrokenPipeError, errno.EPIPE)
@@ -426,7 +419,7 @@ def test_copyfileobj_to_somebody_who_has_gone(bench, name, to):
 
 @pytest.mark.parametrize("buffering", [0, -1], ids=["raw", "buffered"])
 @pytest.mark.parametrize("sink_at", [0, 50 * KiB])
-def test_copyfileobj_onto_the_same_file(bench, sink_at, buffering):
+def test_copyfileobj_onto_the_same_file(open_bench, sink_at, buffering):
     """Two file objects on one file are the original's business."""
 
     def attempt(function: Callable[..., Any], test: Bench) -> Outcome:
@@ -441,9 +434,9 @@ def test_copyfileobj_onto_the_same_file(bench, sink_at, buffering):
         outcome.arrived = path.read_bytes()
         return outcome
 
-    with bench() as test:
+    with open_bench() as test:
         wanted = attempt(unpatched_copyfileobj, test)
-    with bench() as test, counting() as grown:
+    with open_bench() as test, counting() as grown:
         assert attempt(shutil.copyfileobj, test) == wanted
     assert grown.fallbacks == {"same_file": 1}
     assert moved(grown) == 0

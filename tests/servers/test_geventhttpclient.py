@@ -16,8 +16,7 @@ from conftest import counting, digest, file_of, some_bytes
 from ends import GUARD, MiB
 from geventhttpclient import HTTPClient
 from geventhttpclient.useragent import UserAgent
-
-import gsplice
+from unpatched import unpatched
 
 SIZE = 2 * MiB + 7
 SMALL = 5000
@@ -47,15 +46,6 @@ def uploads() -> Iterator[Any]:
     with gevent.Timeout(GUARD):
         yield server
     server.stop()
-
-
-@contextlib.contextmanager
-def unpatched() -> Iterator[None]:
-    gsplice.unpatch_all()
-    try:
-        yield
-    finally:
-        gsplice.patch_all()
 
 
 def post(server: Any, body: Any, headers: dict[str, str]) -> bytes:

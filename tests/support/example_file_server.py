@@ -14,6 +14,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -146,3 +147,80 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for seconds, name in enumerate(["page.html", "text.txt", "unknown.qqq"], 1_500_000_000):
         os.utime(root / name, (seconds, seconds))
     return root
+
+
+#: Root may read everything; without these two capabilities it may what its files' modes say.
+ORDINARY = ("setpriv", "--bounding-set=-dac_override,-dac_read_search") if os.geteuid() == 0 else ()
+
+
+@pytest.fixture(scope="module", params=["patched", "plain"])
+def server(request: pytest.FixtureRequest, root: Path) -> Iterator[Server]:
+    """A server in each of the two ways: whatever is not about counters holds for both."""
+    with serving(root, *(["--no-patch"] if request.param == "plain" else [])) as server:
+        yield server
+        code, errors = server.stop()
+    assert (code, errors) == (0, "")
+
+
+@pytest.fixture
+def huge(tmp_path: Path) -> Path:
+    """A directory with a file of more than any socket's buffers hold."""
+    with open(tmp_path / "huge", "wb") as file:
+        file.truncate(1 << 30)
+    return tmp_path
+
+
+def open_files(root: Path, descriptors: str = "/proc/self/fd") -> list[str]:
+    links = []
+    for descriptor in os.listdir(descriptors):
+        with contextlib.suppress(FileNotFoundError):
+            links.append(os.readlink(f"{descriptors}/{descriptor}"))
+    return [link for link in links if link.startswith(str(root))]
+
+
+class Listing(HTMLParser):
+    """What a browser would make of a listing: its links in order, headings, scripts."""
+
+    def __init__(self, answer: Answer) -> None:
+        super().__init__()
+        assert answer.status == 200
+        assert answer.headers["Content-Type"] == "text/html; charset=utf-8"
+        self.links: list[tuple[str, str]] = []
+        self.rows: list[tuple[str, str]] = []
+        self.tags: list[str] = []
+        self.sizes: dict[str, str] = {}
+        self.times: dict[str, str] = {}
+        self.aria: dict[str, str | None] = {}
+        self.inside = ""
+        self.heading: str | None = None
+        self.feed(answer.body.decode())
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        attributes = dict(attrs)
+        self.tags.append(tag)
+        if tag in ("thead", "tbody", "footer", "nav"):
+            self.inside = tag
+        if tag == "th":
+            self.heading = attributes.get("aria-sort") or ""
+        if tag == "a":
+            self.links.append((attributes["href"] or "", ""))
+        if tag == "td" and "title" in attributes:
+            self.sizes[self.links[-1][1]] = attributes["title"] or ""
+        if tag == "time":
+            self.times[self.links[-1][1]] = attributes["datetime"] or ""
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag == "a" and self.inside == "tbody":
+            self.rows.append(self.links[-1])
+        if tag == "a" and self.inside == "thead":
+            self.aria[self.links[-1][1]] = self.heading
+
+    def handle_data(self, data: str) -> None:
+        if self.links and self.lasttag == "a":
+            href, text = self.links[-1]
+            if data.strip() or text == "":
+                self.links[-1] = (href, text + data)
+
+    @property
+    def names(self) -> list[str]:
+        return [text for _, text in self.rows]

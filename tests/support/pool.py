@@ -82,3 +82,51 @@ def assert_balanced() -> None:
     assert figures.pipes_created == figures.pipes_closed + in_use + kept
     assert min(in_use, kept, figures.pipes_closed, figures.acquired_local) >= 0
     assert len(alive) == in_use + kept
+
+
+#: For programs of their own: a transfer that delivers all, and the counters.
+PROGRAM = """
+import contextlib, gc, os, resource, sys, threading
+from fcntl import F_GETPIPE_SZ, F_SETPIPE_SZ, fcntl
+import gevent, gevent.socket, gsplice
+from gsplice import pipes
+from gsplice._pool import idle, lending
+from gsplice._pool.pipe import alive, keys
+from gsplice._pool.idle import LOW_WATER
+from gsplice.config import settings
+from gsplice.pipes import acquire, release
+MiB = 1 << 20
+
+def descriptors():
+    return len(os.listdir('/proc/self/fd')) - 1
+
+def balanced():
+    figures = gsplice.stats()
+    in_use, kept = figures.pipes_in_use, figures.pipes_idle
+    assert figures.pipes_created == figures.pipes_closed + in_use + kept, figures
+    assert min(in_use, kept, figures.pipes_closed, figures.acquired_local) >= 0, figures
+    assert len(alive) == in_use + kept, figures
+    return figures
+
+def transfer(ends, size=3 * MiB):
+    source, sender, sink, target = ends
+    data = os.urandom(size)
+    def receive():
+        received = bytearray()
+        while len(received) < size:
+            received += target.recv(1 << 16)
+        return received
+    receiving = gevent.spawn(receive)
+    sending = gevent.spawn(lambda: (source.sendall(data), source.shutdown(1)))
+    with sender.makefile('rb', 0) as src, sink.makefile('wb') as dst:
+        gsplice.copyfileobj(src, dst)
+    sending.get()
+    assert receiving.get() == data
+
+def sockets():
+    return *gevent.socket.socketpair(), *gevent.socket.socketpair()
+
+def close(ends):
+    for end in ends:
+        end.close()
+"""

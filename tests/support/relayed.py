@@ -86,3 +86,9 @@ def exchange(relayed: Relayed, forth: bytes, back: bytes) -> None:
     gevent.joinall(senders, timeout=GUARD, raise_error=True)
     assert [digest(each.get(timeout=GUARD)) for each in arrived] == [digest(forth), digest(back)]
     assert relayed.result() == (len(forth), len(back))
+
+
+def feed(sock: Any, data: bytes) -> None:
+    """Send all of *data*, then end, if the other side lets us."""
+    with contextlib.suppress(OSError):
+        send_and_end(sock, data)

@@ -14,22 +14,12 @@ from typing import Any
 import gevent
 import gevent.socket
 import pytest
+from bench import FITS, Bench, PlainSubclass, as_class
 from conftest import counting, receive_all, some_bytes
 from gevent.monkey import get_original
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from kinds import (
-    FILE,
-    FITS,
-    OLD,
-    PIPE,
-    SOCKET,
-    Bench,
-    PlainSubclass,
-    Sink,
-    Source,
-    as_class,
-)
+from kinds import FILE, OLD, PIPE, SOCKET, Sink, Source
 
 from gsplice._ends.small import SMALL_FILE as SMALL
 
@@ -77,15 +67,15 @@ def run_on(examples: int, check: Callable[..., None], **strategies: st.SearchStr
 
 
 @pytest.fixture
-def bench(tmp_path: Path) -> Callable[[], contextlib.AbstractContextManager[Bench]]:
+def open_bench(tmp_path: Path) -> Callable[[], contextlib.AbstractContextManager[Bench]]:
     """Open a fresh bench, for as many examples as there are."""
 
     @contextlib.contextmanager
-    def open_bench() -> Iterator[Bench]:
+    def opened() -> Iterator[Bench]:
         with gevent.Timeout(60), Bench(tmp_path) as fresh:
             yield fresh
 
-    return open_bench
+    return opened
 
 
 @dataclasses.dataclass

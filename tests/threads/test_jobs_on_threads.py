@@ -242,7 +242,7 @@ def test_no_job_does_what_a_thread_must_not(
             "pread",
             "close",
         ),
-        *("filesystem_type", "refuse_uncached", "can_be_mapped", "drop"),
+        *("filesystem_type", "refuse_uncached", "can_be_mapped", "close_now"),
     } <= {*told["jobs"]}
     assert {ERRNO_EIO, ERRNO_ENOSPC} <= {*told["errors"]}
     assert told["bytes"]["bytes_spliced"] and told["bytes"]["bytes_copy_file_range"], told["bytes"]

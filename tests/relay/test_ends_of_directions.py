@@ -1,0 +1,130 @@
+"""One direction of a relay ends: the other goes on after an end, and not after an error."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import socket
+from typing import Any
+
+import gevent
+import gevent.socket
+import gevent.ssl
+import pytest
+from conftest import (
+    digest,
+    receive_all,
+    receiver,
+    some_bytes,
+)
+from ends import GUARD, KiB, MiB, connection, is_waited_for, until
+from relayed import BIG, KINDS, Relayed, reset
+
+import gsplice
+
+pytestmark = pytest.mark.usefixtures("quiet")
+
+
+@pytest.mark.parametrize("first", ["client", "server"])
+@pytest.mark.parametrize("kinds", KINDS)
+def test_the_other_direction_goes_on_after_a_half_close(kinds: str, first: str) -> None:
+    second = "server" if first == "client" else "client"
+    with Relayed(kinds) as relayed:
+        ended, other = getattr(relayed, first), getattr(relayed, second)
+        ended.sendall(b"request")
+        ended.shutdown(socket.SHUT_WR)
+        assert receive_all(other) == b"request"
+        arrived = receiver(ended)
+        data = some_bytes(BIG)
+        for at in range(0, len(data), 700_000):
+            other.sendall(data[at : at + 700_000])
+            gevent.sleep(0.001)
+        assert not relayed.relay.dead
+        other.shutdown(socket.SHUT_WR)
+        assert digest(arrived.get(timeout=GUARD)) == digest(data)
+        assert sorted(relayed.result()) == [7, BIG]
+
+
+@pytest.mark.parametrize("kinds", KINDS)
+def test_the_end_comes_after_the_last_byte(kinds: str) -> None:
+    """The pipe is full of bytes when the source ends, and the reader is slow."""
+    data = some_bytes(BIG)
+    with Relayed(kinds, buffers=16 * KiB) as relayed:
+        sending = gevent.spawn(lambda: (relayed.client.sendall(data), relayed.client.close()))
+        until(lambda: is_waited_for(relayed.b, "write"))
+        received = bytearray()
+        while piece := relayed.server.recv(50_000):
+            received += piece
+        assert digest(received) == digest(data)
+        sending.get(timeout=GUARD)
+        relayed.server.close()
+        assert relayed.result() == (BIG, 0)
+
+
+def test_a_peer_that_has_reset_after_the_other_ended_is_no_error_of_the_half_close() -> None:
+    """shutdown() says ENOTCONN of a connection that has been reset; nothing was left to send."""
+    relayed = Relayed()
+    with contextlib.closing(relayed):
+        relayed.client.shutdown(socket.SHUT_WR)
+        reset(relayed.server)
+        relayed.start()
+        error = relayed.error()  # of the direction that reads from it
+        assert isinstance(error, ConnectionResetError)
+
+
+# ---- errors
+
+
+@pytest.mark.parametrize("side", ["client", "server"])
+@pytest.mark.parametrize("phase", ["idle", "small", "bulk", "stalled", "half-closed"])
+def test_a_reset_ends_both_directions(phase: str, side: str) -> None:
+    with Relayed(buffers=64 * KiB if phase == "stalled" else None) as relayed:
+        breaking = getattr(relayed, side)
+        other = relayed.client if side == "server" else relayed.server
+        ours = relayed.a if side == "server" else relayed.b
+        moved = 0
+        if phase == "small":
+            other.sendall(b"small")
+            assert breaking.recv(100) == b"small"
+            moved = 5
+        elif phase in ("bulk", "stalled"):
+            gevent.spawn(other.sendall, bytes(64 * MiB))
+            if phase == "bulk":
+                while moved < 2 * MiB:
+                    moved += len(breaking.recv(1 << 20))
+            else:
+                away = relayed.b if side == "server" else relayed.a
+                until(lambda: is_waited_for(away))
+        elif phase == "half-closed":
+            other.shutdown(socket.SHUT_WR)
+            assert breaking.recv(100) == b""
+        if phase in ("idle", "small"):
+            relayed.waiting()
+        reset(breaking)
+        error = relayed.error()
+        assert isinstance(error, ConnectionResetError | BrokenPipeError)
+        there, back = error.relayed
+        assert (there if side == "server" else back) >= moved
+        assert (back if side == "server" else there) == 0
+        # both sockets are the caller's still
+        assert ours.fileno() >= 0
+        ours.sendall(b"we are sorry")
+
+
+def test_writing_to_a_peer_that_has_closed_is_a_broken_pipe_as_unpatched() -> None:
+    def unpatched(a: Any, b: Any) -> None:
+        while data := a.recv(65536):
+            b.sendall(data)
+
+    errors = []
+    for forward in (unpatched, gsplice.relay):
+        client, a = connection("unix")
+        b, server = connection("unix")
+        server.close()
+        client.sendall(b"x")
+        with pytest.raises(OSError, match="pipe") as caught:
+            forward(a, b)
+        errors.append((type(caught.value), caught.value.errno))
+        for sock in (client, a, b):
+            sock.close()
+    assert errors[0] == errors[1] == (BrokenPipeError, errno.EPIPE)
