@@ -38,7 +38,7 @@ from gsplice.config import settings
 LANE = (settings.threads + 1) // 2
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def mounted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SlowFS]:
     with SlowFS(tmp_path_factory.mktemp("slow")) as filesystem:
         yield filesystem
@@ -158,6 +158,23 @@ TO_ANY = TO_SOCKET | TO_FILE
 
 def sink_for(ends: Ends, way: str) -> tuple[Any, Callable[[], bytes]]:
     return ends.sink("file" if way in TO_FILE else "bare_unix")
+
+
+@contextlib.contextmanager
+def held_beyond(
+    beyond: int, slow: SlowFS, name: str, directory: Path, way: str, size: int
+) -> Iterator[tuple[Ends, Any, Any, Callable[[], bytes], gevent.Greenlet]]:
+    """A copy of a file of *size* bytes, whose reads are held from *beyond* on.
+
+    Gives the ends, source, destination, how to get what arrives, and the greenlet that copies.
+    """
+    file_of(slow.directory / name, size)
+    with Ends(directory) as ends, (slow.mount / name).open("rb") as src:
+        dst, finish = sink_for(ends, way)
+        slow.hold(name, beyond=beyond)
+        moving = ends.spawn(TO_ANY[way][0], src, dst)
+        until(lambda: slow.begun(name, beyond=beyond))
+        yield ends, src, dst, finish, moving
 
 
 def outcome(
