@@ -9,7 +9,7 @@ from pathlib import Path
 
 import gevent
 import pytest
-from cold import FUSE, TMPFS, assert_on_disk, drop
+from cold import FUSE, TMPFS, ReadAhead, assert_on_disk, drop, with_a_cold_file
 from conftest import file_of, some_bytes
 from ends import KiB, MiB, mounted, until
 from slowfs import SlowFS
@@ -32,6 +32,13 @@ def asked(fd: int) -> Residency:
     status = os.fstat(fd)
     page_cache.learn_filesystems((status.st_dev,), lambda fd: None, fd)
     return Residency(status)
+
+
+def assert_ready(ready: int, wanted: int) -> None:
+    """Pass if *wanted* bytes were ready; where the disk was as fast as we are, begin again."""
+    if ready > wanted:
+        raise ReadAhead
+    assert ready == wanted
 
 
 @contextlib.contextmanager
@@ -80,28 +87,31 @@ def test_all_in_the_page_cache(disk: int) -> None:
     assert cache.ready(disk, 8 * MiB - 5, 5) == 5
 
 
+@with_a_cold_file
 def test_nothing_in_the_page_cache(disk: int) -> None:
     drop(disk)
     cache = asked(disk)
-    assert cache.ready(disk, 0, 8 * MiB) == 0
+    assert_ready(cache.ready(disk, 0, 8 * MiB), 0)
     assert cache.ready(disk, 5 * MiB, 1) == 0
 
 
+@with_a_cold_file
 def test_it_ends_before_a_hole_in_the_page_cache(disk: int) -> None:
     drop(disk)
     warm(disk, 0, 1 * MiB)
     warm(disk, 2 * MiB, 6 * MiB)
     assert not in_core(disk, 1 * MiB, 1)
-    assert asked(disk).ready(disk, 0, 4 * MiB) == 1 * MiB
-    assert asked(disk).ready(disk, 2 * MiB, 4 * MiB) == 4 * MiB
+    assert_ready(asked(disk).ready(disk, 0, 4 * MiB), 1 * MiB)
+    assert_ready(asked(disk).ready(disk, 2 * MiB, 4 * MiB), 4 * MiB)
 
 
+@with_a_cold_file
 def test_each_stride_counts(disk: int) -> None:
     drop(disk)
     warm(disk, 0, 2 * STRIDE)
     warm(disk, 3 * STRIDE, 8 * MiB - 3 * STRIDE)
     assert not in_core(disk, 2 * STRIDE, 1)
-    assert asked(disk).ready(disk, 0, 4 * MiB) == 2 * STRIDE
+    assert_ready(asked(disk).ready(disk, 0, 4 * MiB), 2 * STRIDE)
 
 
 def test_nobody_can_choose_what_goes_unnoticed(disk: int) -> None:
@@ -113,30 +123,33 @@ def test_nobody_can_choose_what_goes_unnoticed(disk: int) -> None:
     assert asked(disk).ready(disk, 0, 8 * MiB) < 8 * MiB
 
 
+@with_a_cold_file
 def test_what_was_only_read_ahead_does_not_count(disk: int) -> None:
     """Its last page may be resident and its next one under way."""
     drop(disk)
     warm(disk, 0, 1 * MiB)
-    assert asked(disk).ready(disk, 0, 512 * KiB) == 0
+    assert_ready(asked(disk).ready(disk, 0, 512 * KiB), 0)
     warm(disk, 512 * KiB + READ_AHEAD, 4 * KiB)
-    assert asked(disk).ready(disk, 0, 512 * KiB) == 512 * KiB
+    assert_ready(asked(disk).ready(disk, 0, 512 * KiB), 512 * KiB)
 
 
+@with_a_cold_file
 def test_nobody_asks_for_a_stretch_where_the_disk_was_met(disk: int) -> None:
     drop(disk)
     cache = asked(disk)
-    assert cache.ready(disk, 0, 1 * MiB) == 0
+    assert_ready(cache.ready(disk, 0, 1 * MiB), 0)
     warm(disk, 0, 8 * MiB)
     assert cache.ready(disk, COLD_STRETCH - 1, 1 * MiB) == 0
     assert cache.ready(disk, COLD_STRETCH, 1 * MiB) == 1 * MiB
 
 
+@with_a_cold_file
 def test_the_stretch_grows(tmp_path: Path) -> None:
     with opened(file_of(tmp_path / "file", 16 * MiB)) as fd:
         drop(fd)
         cache = asked(fd)
-        assert cache.ready(fd, 0, 1 * MiB) == 0
-        assert cache.ready(fd, COLD_STRETCH, 1 * MiB) == 0
+        assert_ready(cache.ready(fd, 0, 1 * MiB), 0)
+        assert_ready(cache.ready(fd, COLD_STRETCH, 1 * MiB), 0)
         warm(fd, 0, 16 * MiB)
         assert cache.ready(fd, 3 * COLD_STRETCH - 1, 1 * MiB) == 0
         assert cache.ready(fd, 3 * COLD_STRETCH, 1 * MiB) == 1 * MiB

@@ -7,7 +7,6 @@ hub does not wait for them; :meth:`SlowFS.release` fails if nobody came to let t
 from __future__ import annotations
 
 import contextlib
-import functools
 import os
 import threading
 from collections.abc import Callable, Iterator
@@ -18,7 +17,7 @@ import gevent
 import gevent.socket
 import gevent.threadpool
 import pytest
-from cold import drop
+from cold import ReadAhead, drop
 from conftest import (
     digest,
     file_of,
@@ -71,26 +70,9 @@ def cold(path: Path, size: int, seed: int = 0) -> Path:
     return path
 
 
-class ReadAhead(AssertionError):
-    """The kernel had the file ready before it was asked for, so there was no disk to wait for."""
-
-
 def needed_a_thread(grown: Any) -> None:
     if not grown.offloads:
         raise ReadAhead
-
-
-def with_a_cold_file(test: Callable[..., None]) -> Callable[..., None]:
-    """Have *test* done again where the disk was as fast as this process: it may have other work."""
-
-    @functools.wraps(test)
-    def until_cold(**fixtures: Any) -> None:
-        for _ in range(20):
-            with contextlib.suppress(ReadAhead):
-                return test(**fixtures)
-        return test(**fixtures)
-
-    return until_cold
 
 
 def hub_threads() -> Threads:
