@@ -4,7 +4,7 @@
     nox -s whole-3.13 -- -k sendfile
 
 ``whole`` runs all tests but the long ones, ``quick`` the part of what ``pytest`` alone runs that
-depends most on what is underneath: the ways of the bytes, and the programs that people run.
+depends most on what is underneath: the ways of the bytes, patching, and real servers.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ LOOPS = ["libev-cext", "libuv"]
 #: What the oldest of is tried as well: the lower bounds in pyproject.toml.
 OLDEST = ("gevent", "gunicorn")
 
-QUICK = ("ends", "move", "patches", "programs", "servers")
+QUICK = ("ends", "move", "patches", "servers")
 
 
 def oldest() -> list[str]:

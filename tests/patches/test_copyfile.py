@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +30,6 @@ COPIES: dict[str, Callable[[Path, Path], Any]] = {
     "copy": shutil.copy,
     "copy2": shutil.copy2,
 }
-
-
-@pytest.fixture
-def slow(tmp_path: Path) -> Iterator[SlowFS]:
-    with SlowFS(tmp_path) as filesystem:
-        yield filesystem
 
 
 @pytest.fixture(autouse=True)
@@ -108,36 +102,38 @@ def test_a_tree_is_copied_and_moved_across_filesystems(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("direction", ["from", "to"])
 def test_others_run_while_the_disk_is_waited_for(
-    slow: SlowFS, tmp_path: Path, direction: str
+    slow: SlowFS, tmp_path: Path, name: str, direction: str
 ) -> None:
     data = some_bytes(SIZE)
     if direction == "from":
-        (slow.directory / "file").write_bytes(data)
-        slow.hold("file")
-        src, dst, operation = slow.mount / "file", tmp_path / "file", "read"
+        (slow.directory / name).write_bytes(data)
+        slow.hold(name)
+        src, dst, operation = slow.mount / name, tmp_path / "file", "read"
     else:
-        src, dst, operation = file_of(tmp_path / "file", SIZE), slow.mount / "file", "write"
-        slow.hold("file", "write")
+        src, dst, operation = file_of(tmp_path / "file", SIZE), slow.mount / name, "write"
+        slow.hold(name, "write")
     with counting() as grown:
         copying = gevent.spawn(shutil.copyfile, src, dst)
-        until(lambda: slow.begun("file", operation))
-        slow.release("file", operation)  # this greenlet runs: the hub does not wait
+        until(lambda: slow.begun(name, operation))
+        slow.release(name, operation)  # this greenlet runs: the hub does not wait
         assert copying.get(timeout=GUARD) == dst
     assert digest(dst.read_bytes()) == digest(data)
     assert grown.offloads > 0
     assert grown.fallbacks == {}
 
 
-def test_a_killed_copy_ends_at_once_and_leaks_nothing(slow: SlowFS, tmp_path: Path) -> None:
-    (slow.directory / "file").write_bytes(some_bytes(SIZE))
+def test_a_killed_copy_ends_at_once_and_leaks_nothing(
+    slow: SlowFS, tmp_path: Path, name: str
+) -> None:
+    (slow.directory / name).write_bytes(some_bytes(SIZE))
     gevent.get_hub().threadpool.apply(bool)  # opens what is opened once
     before = open_descriptors()
-    slow.hold("file")
-    copying = gevent.spawn(shutil.copyfile, slow.mount / "file", tmp_path / "to")
-    until(lambda: slow.begun("file"))
+    slow.hold(name)
+    copying = gevent.spawn(shutil.copyfile, slow.mount / name, tmp_path / "to")
+    until(lambda: slow.begun(name))
     copying.kill()  # waits for the greenlet's end
     assert isinstance(copying.value, gevent.GreenletExit)
-    slow.release("file")
+    slow.release(name)
     threads_done()
     until(lambda: open_descriptors() <= before + 2 * gsplice.stats().pipes_idle)
 

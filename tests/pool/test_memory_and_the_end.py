@@ -44,7 +44,7 @@ def blocks_kept(calls: int) -> int:
     return sys.getallocatedblocks() - before
 
 
-@pytest.mark.few
+@pytest.mark.few(5)
 @pytest.mark.parametrize("hub", ["", "gevent.get_hub()"])
 @pytest.mark.parametrize(
     "left",

@@ -5,20 +5,22 @@ from __future__ import annotations
 import contextlib
 import re
 import socket
-import ssl
 import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import receive_all
-from ends import GUARD, MiB
+from ends import GUARD
 from proxies import (
     DATA,
+    MUCH,
     Proxy,
     accept,
     command,
-    curl,
+    down_and_up,
+    echo_by_tls,
+    echo_messages,
     echoing,
     environment,
     exchange,
@@ -28,7 +30,6 @@ from proxies import (
     nobody,
     running,
     server_context,
-    sha256,
     shown,
     silence,
     websocket_echo,
@@ -36,8 +37,6 @@ from proxies import (
 
 PROGRAM = "http_connect_proxy.py"
 ESTABLISHED = b"HTTP/1.1 200 Connection established\r\n\r\n"
-#: Nearly all is spliced, unless the sender is so slow that its bytes come as small messages.
-MUCH = MiB
 
 
 def proxying(
@@ -67,17 +66,10 @@ def answer_to(proxy: Proxy, request: bytes) -> tuple[int, dict[str, str], str]:
 def test_curl_through_it(tmp_path: Path) -> None:
     """A download and an upload of a server that is verified, by a client that knows proxies."""
     certificate = make_certificate(tmp_path)
-    upload = tmp_path / "upload"
-    upload.write_bytes(DATA)
     with http_server(server_context(certificate)) as server, proxying(server[1]) as proxy:
         url = f"https://localhost:{server[1]}/"
         options = ["--proxy", proxy.url, "--cacert", certificate]
-        assert sha256(curl(*options, url)) == sha256(DATA)
-        down = proxy.idle()
-        assert curl(*options, "--upload-file", upload, url) == sha256(DATA).encode()
-        both = proxy.idle()
-    assert down["gsplice"]["bytes_spliced"] > MUCH
-    assert both["gsplice"]["bytes_spliced"] - down["gsplice"]["bytes_spliced"] > MUCH
+        both = down_and_up(proxy, tmp_path, *options, url)
     assert both["answers"] == {"200": 2}
     assert both["tunnels"]["bytes_to_client"] > len(DATA)
     assert both["tunnels"]["bytes_to_backend"] > len(DATA)
@@ -85,14 +77,11 @@ def test_curl_through_it(tmp_path: Path) -> None:
 
 def test_tls_through_it(tmp_path: Path) -> None:
     certificate = make_certificate(tmp_path)
-    context = ssl.create_default_context(cafile=certificate)
     with echoing(server_context(certificate)) as server, proxying(server[1]) as proxy:
         with proxy.connect() as plain:
             plain.sendall(connect_request(server))
             assert plain.recv(len(ESTABLISHED)) == ESTABLISHED
-            with context.wrap_socket(plain, server_hostname="localhost") as sock:
-                assert sha256(exchange(sock, DATA)) == sha256(DATA)
-                sock.unwrap().close()
+            echo_by_tls(plain, certificate)
         counts = proxy.idle()
     assert counts["gsplice"]["bytes_spliced"] > MUCH
     assert counts["tunnels"]["broken"] == 0
@@ -103,9 +92,7 @@ def test_websocket_through_it() -> None:
 
     with websocket_echo() as server, proxying(server[1]) as proxy:
         with connect(f"ws://{shown(server)}", max_size=None, proxy=proxy.url) as websocket:
-            for message in ("small", DATA[: 4 * MiB], "", b"\0"):
-                websocket.send(message)
-                assert websocket.recv(GUARD) == message
+            echo_messages(websocket)
         assert websocket.close_code == 1000
         counts = proxy.idle()
     assert counts["gsplice"]["bytes_spliced"] > 0

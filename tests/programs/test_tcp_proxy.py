@@ -6,7 +6,6 @@ import contextlib
 import os
 import signal
 import socket
-import ssl
 import subprocess
 import time
 from collections.abc import Iterator
@@ -18,11 +17,15 @@ from conftest import receive_all
 from ends import GUARD, MiB
 from proxies import (
     DATA,
+    MUCH,
     Address,
     Proxy,
     accept,
     command,
     curl,
+    down_and_up,
+    echo_by_tls,
+    echo_messages,
     echoing,
     environment,
     exchange,
@@ -40,8 +43,6 @@ from proxies import (
 )
 
 PROGRAM = "tcp_proxy.py"
-#: Nearly all is spliced, unless the sender is so slow that its bytes come as small messages.
-MUCH = MiB
 
 
 def proxying(*backends: Address, **options: Any) -> contextlib.AbstractContextManager[Proxy]:
@@ -69,15 +70,8 @@ def is_reset(sock: socket.socket) -> bool:
 
 
 def test_curl_through_it(tmp_path: Path) -> None:
-    upload = tmp_path / "upload"
-    upload.write_bytes(DATA)
     with http_server() as backend, proxying(backend) as proxy:
-        assert sha256(curl(proxy.url)) == sha256(DATA)
-        down = proxy.idle()
-        assert curl("--upload-file", upload, proxy.url) == sha256(DATA).encode()
-        both = proxy.idle()
-    assert down["gsplice"]["bytes_spliced"] > MUCH
-    assert both["gsplice"]["bytes_spliced"] - down["gsplice"]["bytes_spliced"] > MUCH
+        both = down_and_up(proxy, tmp_path, proxy.url)
     counts = both["backends"][shown(backend)]
     assert counts["bytes_to_client"] > len(DATA)
     assert counts["bytes_to_backend"] > len(DATA)
@@ -87,10 +81,7 @@ def test_curl_through_it(tmp_path: Path) -> None:
 def test_tls_through_it(tmp_path: Path) -> None:
     certificate = make_certificate(tmp_path)
     with echoing(server_context(certificate)) as backend, proxying(backend) as proxy:
-        context = ssl.create_default_context(cafile=certificate)
-        with context.wrap_socket(proxy.connect(), server_hostname="localhost") as sock:
-            assert sha256(exchange(sock, DATA)) == sha256(DATA)
-            sock.unwrap().close()  # both ends have said that they have ended
+        echo_by_tls(proxy.connect(), certificate)
         counts = proxy.idle()
     assert counts["gsplice"]["bytes_spliced"] > MUCH
     assert counts["backends"][shown(backend)]["broken"] == 0
@@ -101,9 +92,7 @@ def test_websocket_through_it() -> None:
 
     with websocket_echo() as backend, proxying(backend) as proxy:
         with connect(f"ws://{shown(proxy.address)}", max_size=None, proxy=None) as websocket:
-            for message in ("small", DATA[: 4 * MiB], "", b"\0"):
-                websocket.send(message)
-                assert websocket.recv(GUARD) == message
+            echo_messages(websocket)
             assert websocket.ping().wait(GUARD)
         assert websocket.close_code == 1000
         counts = proxy.idle()

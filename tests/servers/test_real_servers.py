@@ -120,7 +120,7 @@ def test_the_fast_way(servers: Any, served: Path, kind: str, path: str) -> None:
         assert sent == (500_000 if kind in part else 0)
 
 
-@pytest.mark.few(1)
+@pytest.mark.thorough
 @pytest.mark.parametrize("more", [100_000, -100_000])
 @pytest.mark.parametrize("kind", WSGI)
 def test_a_size_that_is_wrong(tmp_path: Path, kind: str, more: int) -> None:

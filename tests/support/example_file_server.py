@@ -107,7 +107,7 @@ def serving(root: Path, *options: str, prefix: tuple[str, ...] = ()) -> Iterator
             pass
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     base = tmp_path_factory.mktemp("files")
     (base / "secret.txt").write_bytes(SECRET)
@@ -153,7 +153,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 ORDINARY = ("setpriv", "--bounding-set=-dac_override,-dac_read_search") if os.geteuid() == 0 else ()
 
 
-@pytest.fixture(scope="module", params=["patched", "plain"])
+@pytest.fixture(scope="session", params=["patched", "plain"])
 def server(request: pytest.FixtureRequest, root: Path) -> Iterator[Server]:
     """A server in each of the two ways: whatever is not about counters holds for both."""
     with serving(root, *(["--no-patch"] if request.param == "plain" else [])) as server:

@@ -65,14 +65,14 @@ def serving(kind: str, root: Path, patched: bool) -> Iterator[Server]:
                 os.killpg(process.pid, signal.SIGKILL)  # gunicorn's workers as well
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def served(tmp_path_factory: Any) -> Path:
     directory: Path = tmp_path_factory.mktemp("served")
     file_of(directory / "file.bin", SIZE)
     return directory
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def servers(served: Path) -> Iterator[Callable[[str, bool], Server]]:
     """Start a server when it is first asked for."""
     started: dict[tuple[str, bool], Server] = {}

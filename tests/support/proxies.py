@@ -30,6 +30,9 @@ DATA = some_bytes(16 * MiB)
 
 Address = tuple[str, int]
 
+#: Nearly all is spliced, unless the sender is so slow that its bytes come as small messages.
+MUCH = MiB
+
 
 class Proxy:
     """A running proxy, spoken to by clients of this process, whose sockets are not gevent's."""
@@ -292,3 +295,30 @@ def websocket_echo() -> Iterator[Address]:
         yield server.socket.getsockname()
         server.shutdown()
         thread.join()
+
+
+def down_and_up(proxy: Proxy, directory: Path, *options: Any) -> Any:
+    """Have curl download DATA and upload it; return what the proxy has counted then."""
+    upload = directory / "upload"
+    upload.write_bytes(DATA)
+    assert sha256(curl(*options)) == sha256(DATA)
+    down = proxy.idle()
+    assert curl("--upload-file", upload, *options) == sha256(DATA).encode()
+    both = proxy.idle()
+    assert down["gsplice"]["bytes_spliced"] > MUCH
+    assert both["gsplice"]["bytes_spliced"] - down["gsplice"]["bytes_spliced"] > MUCH
+    return both
+
+
+def echo_by_tls(plain: socket.socket, certificate: Path) -> None:
+    """Send DATA over TLS to somebody who sends it back, and end; *plain* is closed."""
+    context = ssl.create_default_context(cafile=certificate)
+    with context.wrap_socket(plain, server_hostname="localhost") as sock:
+        assert sha256(exchange(sock, DATA)) == sha256(DATA)
+        sock.unwrap().close()  # both ends have said that they have ended
+
+
+def echo_messages(websocket: Any) -> None:
+    for message in ("small", DATA[: 4 * MiB], "", b"\0"):
+        websocket.send(message)
+        assert websocket.recv(GUARD) == message

@@ -7,7 +7,6 @@ hub does not wait for them; :meth:`SlowFS.release` fails if nobody came to let t
 from __future__ import annotations
 
 import contextlib
-import functools
 import os
 import threading
 from collections.abc import Callable, Iterator
@@ -18,7 +17,7 @@ import gevent
 import gevent.socket
 import gevent.threadpool
 import pytest
-from cold import drop
+from cold import ReadAhead, drop
 from conftest import (
     digest,
     file_of,
@@ -38,7 +37,7 @@ from gsplice.config import settings
 LANE = (settings.threads + 1) // 2
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def mounted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SlowFS]:
     with SlowFS(tmp_path_factory.mktemp("slow")) as filesystem:
         yield filesystem
@@ -71,26 +70,9 @@ def cold(path: Path, size: int, seed: int = 0) -> Path:
     return path
 
 
-class ReadAhead(AssertionError):
-    """The kernel had the file ready before it was asked for, so there was no disk to wait for."""
-
-
 def needed_a_thread(grown: Any) -> None:
     if not grown.offloads:
         raise ReadAhead
-
-
-def with_a_cold_file(test: Callable[..., None]) -> Callable[..., None]:
-    """Have *test* done again where the disk was as fast as this process: it may have other work."""
-
-    @functools.wraps(test)
-    def until_cold(**fixtures: Any) -> None:
-        for _ in range(20):
-            with contextlib.suppress(ReadAhead):
-                return test(**fixtures)
-        return test(**fixtures)
-
-    return until_cold
 
 
 def hub_threads() -> Threads:
@@ -158,6 +140,23 @@ TO_ANY = TO_SOCKET | TO_FILE
 
 def sink_for(ends: Ends, way: str) -> tuple[Any, Callable[[], bytes]]:
     return ends.sink("file" if way in TO_FILE else "bare_unix")
+
+
+@contextlib.contextmanager
+def held_beyond(
+    beyond: int, slow: SlowFS, name: str, directory: Path, way: str, size: int
+) -> Iterator[tuple[Ends, Any, Any, Callable[[], bytes], gevent.Greenlet]]:
+    """A copy of a file of *size* bytes, whose reads are held from *beyond* on.
+
+    Gives the ends, source, destination, how to get what arrives, and the greenlet that copies.
+    """
+    file_of(slow.directory / name, size)
+    with Ends(directory) as ends, (slow.mount / name).open("rb") as src:
+        dst, finish = sink_for(ends, way)
+        slow.hold(name, beyond=beyond)
+        moving = ends.spawn(TO_ANY[way][0], src, dst)
+        until(lambda: slow.begun(name, beyond=beyond))
+        yield ends, src, dst, finish, moving
 
 
 def outcome(

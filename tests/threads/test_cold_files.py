@@ -9,7 +9,7 @@ import gevent
 import gevent.socket
 import gevent.threadpool
 import pytest
-from cold import drop
+from cold import drop, with_a_cold_file
 from conftest import (
     counting,
     digest,
@@ -18,16 +18,7 @@ from conftest import (
     some_bytes,
 )
 from ends import GUARD, Ends, KiB, MiB, is_waited_for, until
-from slow_disks import (
-    TO_ANY,
-    TO_FILE,
-    Clock,
-    cold,
-    moved,
-    needed_a_thread,
-    outcome,
-    with_a_cold_file,
-)
+from slow_disks import TO_ANY, TO_FILE, Clock, cold, moved, needed_a_thread, outcome
 from slowfs import SlowFS
 
 import gsplice

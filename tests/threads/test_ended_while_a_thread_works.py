@@ -22,6 +22,7 @@ from slow_disks import (
     TO_FILE,
     TO_SOCKET,
     descriptors,
+    held_beyond,
     kill,
     moved,
     sink_for,
@@ -75,12 +76,8 @@ def test_ended_while_a_thread_reads(
 def test_killed_halfway(slow: SlowFS, tmp_path: Path, name: str, way: str) -> None:
     """The file stands where what was delivered ends."""
     size = 4 * MiB
-    file_of(slow.directory / name, size)
-    with Ends(tmp_path) as ends, (slow.mount / name).open("rb") as src:
-        dst, finish = sink_for(ends, way)
-        slow.hold(name, beyond=3 * MiB)
-        moving = ends.spawn(TO_ANY[way][0], src, dst)
-        until(lambda: slow.begun(name, beyond=3 * MiB))
+    held = held_beyond(3 * MiB, slow, name, tmp_path, way, size)
+    with held as (ends, src, dst, finish, moving):
         if way in TO_FILE:
             until(lambda: os.fstat(dst.fileno()).st_size >= 2 * MiB)
         else:

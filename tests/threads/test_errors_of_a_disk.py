@@ -12,8 +12,8 @@ from conftest import (
     file_of,
     some_bytes,
 )
-from ends import GUARD, Ends, MiB, until
-from slow_disks import TO_ANY, moved, sink_for
+from ends import GUARD, Ends, MiB
+from slow_disks import TO_ANY, held_beyond, moved, sink_for
 from slowfs import SlowFS
 
 pytestmark = pytest.mark.usefixtures("threads_idle")
@@ -52,12 +52,8 @@ def test_an_error_of_the_disk(
 @pytest.mark.parametrize("way", TO_ANY)
 def test_a_file_truncated_under_way(slow: SlowFS, tmp_path: Path, name: str, way: str) -> None:
     size, cut = 3 * MiB, 1 * MiB + 100
-    file_of(slow.directory / name, size)
-    with Ends(tmp_path) as ends, (slow.mount / name).open("rb") as src:
-        dst, finish = sink_for(ends, way)
-        slow.hold(name, beyond=1 * MiB)
-        moving = ends.spawn(TO_ANY[way][0], src, dst)
-        until(lambda: slow.begun(name, beyond=1 * MiB))
+    held = held_beyond(1 * MiB, slow, name, tmp_path, way, size)
+    with held as (_, src, _, finish, moving):
         os.truncate(slow.directory / name, cut)
         slow.release(name)
         moving.get(timeout=GUARD)
@@ -71,12 +67,8 @@ def test_a_file_truncated_under_way(slow: SlowFS, tmp_path: Path, name: str, way
 @pytest.mark.parametrize("way", TO_ANY)
 def test_a_file_grown_under_way(slow: SlowFS, tmp_path: Path, name: str, way: str) -> None:
     size = 2 * MiB
-    file_of(slow.directory / name, size)
-    with Ends(tmp_path) as ends, (slow.mount / name).open("rb") as src:
-        dst, finish = sink_for(ends, way)
-        slow.hold(name, beyond=1 * MiB)
-        moving = ends.spawn(TO_ANY[way][0], src, dst)
-        until(lambda: slow.begun(name, beyond=1 * MiB))
+    held = held_beyond(1 * MiB, slow, name, tmp_path, way, size)
+    with held as (_, src, _, finish, moving):
         with (slow.mount / name).open("ab", 0) as more:
             more.write(some_bytes(100_000, seed=5))
         slow.release(name)

@@ -11,6 +11,7 @@ import gevent
 import gevent.socket
 import gevent.threadpool
 import pytest
+from cold import with_a_cold_file
 from conftest import (
     counting,
     digest,
@@ -31,7 +32,6 @@ from slow_disks import (
     moved,
     needed_a_thread,
     outcome,
-    with_a_cold_file,
 )
 from slowfs import SlowFS
 

@@ -23,15 +23,7 @@ from conftest import (
     some_bytes,
 )
 from ends import GUARD, Ends, MiB, until
-from slow_disks import (
-    TO_ANY,
-    Clock,
-    descriptors,
-    hub_threads,
-    in_thread,
-    native_threads,
-    outcome,
-)
+from slow_disks import TO_ANY, Clock, descriptors, hub_threads, in_thread, native_threads, outcome
 from slowfs import SlowFS
 
 import gsplice

@@ -19,14 +19,7 @@ from conftest import (
     some_bytes,
 )
 from ends import GUARD, Ends, KiB, MiB, threads_done, until
-from slow_disks import (
-    Clock,
-    descriptors,
-    kill,
-    moved,
-    time_out,
-    unpatched_copyfileobj,
-)
+from slow_disks import Clock, descriptors, kill, moved, time_out, unpatched_copyfileobj
 from slowfs import SlowFS
 from victims import Victim, assert_clean
 
