@@ -214,12 +214,12 @@ def test_a_type_is_not_asked_for_on_the_hub(memory: int, monkeypatch: pytest.Mon
     cache = Residency(os.fstat(memory))
     assert cache.cached(memory, 0, 1) == 0
     assert cache.read(memory, 0, 1) is None
-    assert cache.write_waits(1)
+    assert cache.write_may_wait(1)
     asked(memory)
     assert cache.cached(memory, 0, 1) == 1
-    assert not cache.write_waits(1)
+    assert not cache.write_may_wait(1)
     monkeypatch.setattr(page_cache, "TYPE_BELIEVED", -1)
-    assert cache.write_waits(1)
+    assert cache.write_may_wait(1)
 
 
 # ---- FUSE, where RWF_NOWAIT has no answer
@@ -236,7 +236,7 @@ def test_fuse_is_not_asked(far: int) -> None:
     warm(far, 0, 8 * MiB)
     assert asked(far).cached(far, 0, 1 * MiB) == 0
     assert asked(far).read(far, 0, 100) is None
-    assert asked(far).close_waits()
+    assert asked(far).close_may_wait()
 
 
 def test_overlayfs_in_the_page_cache_or_not(tmp_path: Path) -> None:
@@ -311,7 +311,7 @@ def test_without_ctypes_nothing_is_known(
     assert filesystem_type(memory) is None
     assert asked(far).cached(far, 0, 4 * KiB) == 0
     assert asked(disk).cached(disk, 0, 8 * MiB) == 8 * MiB
-    assert asked(memory).write_waits(1)
+    assert asked(memory).write_may_wait(1)
 
 
 # ---- the policy
@@ -326,7 +326,7 @@ def test_a_policy_asks_nobody(
         if not is_warm:
             drop(disk)
         assert asked(disk).cached(disk, 0, 1 * MiB) == resident
-        assert asked(disk).write_waits(1) == (policy == "always")
+        assert asked(disk).write_may_wait(1) == (policy == "always")
         data = asked(disk).read(disk, 0, 10)
         assert data == (some_bytes(8 * MiB)[:10] if policy == "never" else None)
         os.pread(disk, 1, 0)
@@ -336,13 +336,13 @@ def test_a_policy_asks_nobody(
 
 
 def test_big_pieces_wait_for_a_disk(disk: int) -> None:
-    assert not asked(disk).write_waits(64 * KiB)
-    assert asked(disk).write_waits(64 * KiB + 1)
+    assert not asked(disk).write_may_wait(64 * KiB)
+    assert asked(disk).write_may_wait(64 * KiB + 1)
 
 
 def test_no_piece_waits_in_memory(memory: int) -> None:
-    assert not asked(memory).write_waits(2 * MiB)
+    assert not asked(memory).write_may_wait(2 * MiB)
 
 
 def test_every_piece_waits_for_fuse(far: int) -> None:
-    assert asked(far).write_waits(1)
+    assert asked(far).write_may_wait(1)
