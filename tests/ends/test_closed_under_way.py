@@ -47,7 +47,8 @@ FILES: dict[str, Callable[[Path], Any]] = {
     "gevent's blocking": lambda path: FileObjectBlock(str(path), "r+b"),
     "temporary": lambda path: named(path.parent, "w+b"),
 }
-if "libuv" not in gevent.config.loop.__module__:  # which can't poll a regular file
+# libuv can't poll a regular file, and gevent 24's own sendfile() calls this one a text file.
+if "libuv" not in gevent.config.loop.__module__ and gevent.version_info >= (25,):
     FILES["gevent's"] = lambda path: FileObjectPosix(os.open(path, os.O_RDWR), "r+b")
 SOURCES = {"buffered": lambda path: path.open("rb"), **FILES}
 SINKS = {"buffered": lambda path: path.open("wb"), **FILES}
