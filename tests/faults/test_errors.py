@@ -337,7 +337,6 @@ def shortened(said: dict[str, Any]) -> dict[str, Any]:
 QUICK = [
     Fault("splice", "EIO", "second"),
     Fault("splice", "EINVAL", "fifth"),
-    Fault("splice", "EIO", "second"),
     Fault("pipe2", "EMFILE", "first"),
     Fault("pwrite64", "ENOSPC", "first"),
     Fault("fcntl(F_DUPFD_CLOEXEC)", "EMFILE", "first"),
