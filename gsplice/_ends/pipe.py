@@ -20,10 +20,10 @@ from .._pool.pipe import UNKNOWN
 from .closed import check_open
 from .stream import Stream
 
-# Unpatched: gevent's own would switch to the hub.
 #: Answers of a write that no other way of writing changes.
 _FINAL: Final = frozenset({NOT_NOW, -errno.EPIPE})
 
+# Unpatched: gevent's own would switch to the hub.
 _poll: Callable[[], Any] = get_original("select", "poll")
 _close: Callable[[int], None] = get_original("os", "close")
 _epoll: Any = get_original("select", "epoll") if LINUX else None

@@ -38,7 +38,7 @@ def test_an_error_of_the_call_is_its_answer() -> None:
     assert answer(fails) == -errno.ENODEV
 
 
-def test_an_error_of_a_signal_handler_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_of_a_signal_handler_is_none() -> None:
     def handler(*_: object) -> NoReturn:
         raise Alarm(errno.ETIMEDOUT, "alarm")
 
@@ -103,9 +103,7 @@ def test_a_signal_handler_that_raises_leaves_no_pipe_dirty(tmp_path: Path, when:
     assert (told["in_use"], told["fallbacks"]) == (0, {})
 
 
-def test_advice_that_is_refused_changes_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_advice_that_is_refused_changes_nothing(tmp_path: Path) -> None:
     """The pipe had its bytes by then, and would go back to the pool with them."""
     inject = ["-e", "trace=fadvise64", "-e", "inject=fadvise64:error=EPERM"]
     environ = {"GSPLICE_OFFLOAD": "always"}
