@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NoReturn
 
 
-def check_open(end: Any) -> None:
-    """Raise ValueError if the file of *end* has been closed: the error its object would raise."""
-    if end.raw.closed:
-        if end.is_sink:
-            end.obj.write(b"")
-        else:
-            end.obj.read(1)
-        raise ValueError("I/O operation on closed file.")
+def refuse_closed(end: Any) -> NoReturn:
+    """Raise the ValueError that the object of *end*, whose file has been closed, would raise."""
+    if end.is_sink:
+        end.obj.write(b"")
+    else:
+        end.obj.read(1)
+    raise ValueError("I/O operation on closed file.")

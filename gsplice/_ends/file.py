@@ -7,7 +7,7 @@ import io
 import os
 from typing import Any, ClassVar
 
-from .closed import check_open
+from .closed import refuse_closed
 from .page_cache import Residency
 from .small import SMALL_FILE
 
@@ -33,7 +33,8 @@ class File:
 
     def fileno(self) -> int:
         """Return the descriptor. Raises the object's own error if the file has been closed."""
-        check_open(self)
+        if self.raw.closed:
+            refuse_closed(self)
         return self.raw.fileno()  # type: ignore[no-any-return]
 
     def remaining(self) -> int:

@@ -98,7 +98,7 @@ class Residency:
         self._status = status
         self._ask: _Question | None = None
         #: Bytes from _begin to _end were cached at the time _asked_at.
-        self._begin = self._end = 0
+        self._begin = self._end = -1
         self._asked_at = 0.0
         #: Below _cold_until we don't ask. _cold_stretch is the length of the next such range.
         self._cold_until = 0
@@ -109,13 +109,16 @@ class Residency:
 
         Raises nothing: if *fd* is bad, the transfer's own call will fail.
         """
-        ask = self._question(fd, offset)
-        if ask is None or offset < self._cold_until:
+        if offset < self._cold_until:
             return 0
         now = time.monotonic()
         if not self._begin <= offset <= self._end or now - self._asked_at > BELIEVED:
+            self._ask = None
             self._begin = self._end = offset
         if self._end - offset < min(most, STRIDE):
+            ask = self._question(fd, offset)
+            if ask is None or offset < self._cold_until:
+                return 0
             self._end = ask(fd, self._end, offset + most)
             self._asked_at = now
             if self._end == offset:
@@ -229,25 +232,22 @@ def _none(fd: int, offset: int, end: int) -> int:
 
 
 def _preadv2(fd: int, offset: int, end: int) -> int:
-    """Return up to where the byte at *offset*, and one in each stride after it, is cached.
+    """Return up to where one byte in each stride after *offset* is cached.
 
     Returns *offset* if the page READ_AHEAD bytes past *end* isn't cached: what is cached may then
-    only be read-ahead for another reader, and still be loading. The byte in each stride is chosen
+    only be read-ahead for another reader, and still be loading. Which byte of a stride is chosen
     at random, so that no client can arrange for the uncached pages to be missed.
     """
+    into_stride = int(random.random() * STRIDE)
     try:
-        if os.preadv(fd, _ONE_BYTE, offset, RWF_NOWAIT) == 0:
-            return offset
         os.preadv(fd, _ONE_BYTE, end + READ_AHEAD, RWF_NOWAIT)
         while offset < end:
-            following = min(offset + STRIDE, end)
-            looked_at = offset + int(random.random() * (following - offset))
-            if os.preadv(fd, _ONE_BYTE, looked_at, RWF_NOWAIT) == 0:
+            if not os.preadv(fd, _ONE_BYTE, min(offset + into_stride, end - 1), RWF_NOWAIT):
                 break
-            offset = following
+            offset += STRIDE
     except OSError:  # EAGAIN: not cached
         pass
-    return offset
+    return min(offset, end)
 
 
 def _mincore(fd: int, offset: int, end: int) -> int:

@@ -13,11 +13,11 @@ from gevent import get_hub
 from gevent import socket as gsocket
 from gevent.monkey import get_original
 
-from .._os.linux import F_GETPIPE_SZ, LINUX, RWF_NOWAIT, SPLICE_FLAGS, fcntl
-from .._os.results import NOT_NOW, answer, error
+from .._os.linux import F_GETPIPE_SZ, LINUX, RWF_NOWAIT, fcntl
+from .._os.results import NOT_NOW, answer, error, splice
 from .._pool.lending import acquire, release
 from .._pool.pipe import UNKNOWN
-from .closed import check_open
+from .closed import refuse_closed
 from .stream import Stream
 
 #: Answers of a write that no other way of writing changes.
@@ -36,7 +36,8 @@ class CallersPipe(Stream):
 
     def fileno(self) -> int:
         """Return the descriptor. Raises the object's own error if the file has been closed."""
-        check_open(self)
+        if self.raw.closed:
+            refuse_closed(self)
         return self.raw.fileno()  # type: ignore[no-any-return]
 
     def can_read_after(self, minus_errno: int) -> bool:
@@ -76,7 +77,7 @@ class CallersPipe(Stream):
         try:
             pipe.pending = UNKNOWN
             pipe.pending = os.write(pipe.write_fd, data[: max(room, select.PIPE_BUF)])
-            moved: int = answer(os.splice, pipe.read_fd, fd, pipe.pending, flags=SPLICE_FLAGS)
+            moved = splice(pipe.read_fd, fd, pipe.pending)
             if moved in _FINAL:
                 raise error(moved)
             pipe.pending -= max(0, moved)

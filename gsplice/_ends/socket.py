@@ -8,7 +8,7 @@ from typing import Any, Final
 
 from .._os.linux import ioctl
 from .._os.results import answer
-from .closed import check_open
+from .closed import refuse_closed
 from .stream import Stream
 
 _SIOCATMARK: Final = 0x8905
@@ -28,8 +28,8 @@ class Socket(Stream):
 
         Raises ValueError if the socket's file was closed.
         """
-        if self.raw is not None:
-            check_open(self)
+        if self.raw is not None and self.raw.closed:
+            refuse_closed(self)
         return self.sock.fileno()  # type: ignore[no-any-return]
 
     def write_some(self, data: memoryview) -> int:

@@ -11,9 +11,9 @@ from .._os.fork import forked_error
 from .._os.hub import hub_to_serve, let_the_loop_turn
 from ..config import MiB
 
-#: Bytes to move before other greenlets may run. At the 5 GB/s seen on loopback this takes 0.4 ms;
-#: giving way costs 2.4 us, under libuv 20.
-PIECE: Final = 2 * MiB
+#: Bytes to move before other greenlets may run. At the 5 GB/s seen on loopback this takes 0.8 ms;
+#: giving way costs 3 to 5 us, under libuv 20 to 30.
+PIECE: Final = 4 * MiB
 
 
 class Account:

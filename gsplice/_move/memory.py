@@ -16,6 +16,9 @@ from .transfer import Transfer
 #: Most bytes read at once.
 READ_SIZE: Final = 64 * KiB
 
+#: Buffers of that size; whoever uses one takes it out. A new one costs as much as reading so much.
+buffers: Final[list[bytearray]] = []
+
 
 def through_memory(transfer: Transfer) -> None:
     """Read the source, a file, and write the bytes, until it ends or the limit is reached.
@@ -23,9 +26,12 @@ def through_memory(transfer: Transfer) -> None:
     On entry neither object has anything buffered. On exit, also by an error, the source's offset is
     after the last byte delivered. Lets out what :func:`read` and :func:`write` do.
     """
-    buffer = memoryview(bytearray(READ_SIZE))
-    while piece_through_memory(transfer, buffer):
-        pass
+    buffer = buffers.pop() if buffers else bytearray(READ_SIZE)
+    try:
+        while piece_through_memory(transfer, memoryview(buffer)):
+            pass
+    finally:
+        buffers.append(buffer)
 
 
 def piece_through_memory(transfer: Transfer, buffer: memoryview | None = None) -> bool:

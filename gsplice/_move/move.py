@@ -30,7 +30,8 @@ def move(transfer: Transfer) -> bool:
     try:
         buffered = src.take_buffered(transfer.limit)
         dst.flush()
-        write(transfer, buffered)
+        if buffered:
+            write(transfer, buffered)
         reason = None if is_small else move_inside_kernel(transfer)
         if reason is not None:
             counters.fell_back(reason)

@@ -25,7 +25,7 @@ from .._ends.file import File
 from .._ends.page_cache import refuse_uncached
 from .._ends.pipe import CallersPipe
 from .._os.linux import SPLICE_FLAGS
-from .._os.results import NOT_NOW, TOOK_NOTHING, answer, error
+from .._os.results import NOT_NOW, TOOK_NOTHING, answer, error, splice
 from .._pool.lending import acquire, release
 from .._pool.pipe import UNKNOWN, Pipe
 from ..config import KiB, MiB
@@ -55,16 +55,16 @@ def file_to_socket(transfer: Transfer) -> str | None:
     """
     src, dst = transfer.src, transfer.dst
     next_fill = PIECE
-    while (asked := transfer.within_limit(min(next_fill, src.remaining()))) > 0:
+    while (asked := transfer.within_limit(min(PIECE, src.remaining()))) > 0:
         pipe = acquire()
         if pipe is None:
             return "no_pipe"
+        before = transfer.delivered
         try:
-            filled = fill(transfer, pipe, asked)
-            drained = accepted = 0
-            while pipe.pending > 0 and drained >= 0:
-                drained = drain(transfer, pipe)
-                accepted += max(0, drained)
+            if cached := src.cached(asked):
+                filled, drained = send_cached(transfer, pipe, cached, next_fill)
+            else:
+                filled, drained = send_from_disk(transfer, pipe, asked)
             pipe.discard()
         finally:
             release(pipe)
@@ -72,16 +72,59 @@ def file_to_socket(transfer: Transfer) -> str | None:
             break
         if filled < 0:
             return "refused"
-        next_fill = min(PIECE, max(LEAST_FILL, 2 * accepted))
         if drained > 0:
             transfer.give_way()
         elif drained == NOT_NOW:
+            next_fill = max(LEAST_FILL, 2 * (transfer.delivered - before))
             transfer.wait(dst.wait_write)
         elif dst.can_write_after(drained):
             return "refused"
         else:
             raise error(drained)
     return None
+
+
+def send_cached(transfer: Transfer, pipe: Pipe, cached: int, next_fill: int) -> tuple[int, int]:
+    """Fill and drain in turn until *cached* bytes are delivered, or the socket takes no more.
+
+    On entry *pipe* is empty, and that many bytes at the source's offset are in the page cache. The
+    first fill asks for *next_fill* bytes at most, each later one for twice as many as the last. On
+    exit ``pipe.pending`` is what the pipe still holds. Returns what the last fill and the last
+    drain returned, as :func:`fill` and :func:`drain` do. Lets out ValueError for a closed file.
+
+    Nothing waits in here, so what could change during a wait is looked up once, and counted once:
+    per MiB that saves 5 % of the CPU time (benchmarks/file_to_socket.py).
+    """
+    src_fd, dst_fd = transfer.src.fileno(), transfer.dst.fileno()
+    read_fd, write_fd = pipe.read_fd, pipe.write_fd
+    begin, delivered, pending, drained = transfer.src.offset, 0, 0, 1
+    try:
+        while True:
+            asked = min(next_fill, cached - delivered)
+            pending = UNKNOWN  # an exception before the result is known must not look like empty
+            filled = splice(src_fd, write_fd, asked, begin + delivered)
+            pending = max(0, filled)
+            while pending and (drained := splice(read_fd, dst_fd, pending)) > 0:
+                delivered += drained
+                pending -= drained
+            if filled <= 0 or pending or delivered == cached:
+                return filled, drained or TOOK_NOTHING
+            next_fill *= 2
+    finally:
+        pipe.pending = pending
+        if delivered:
+            transfer.count_delivered(delivered, "bytes_spliced")
+
+
+def send_from_disk(transfer: Transfer, pipe: Pipe, asked: int) -> tuple[int, int]:
+    """Have a thread fill *pipe*, and drain it; return as :func:`send_cached` does.
+
+    Lets out what is thrown into the greenlet while it waits for the thread, too.
+    """
+    filled, drained = fill_from_disk(transfer, pipe, asked), 1
+    while pipe.pending > 0 and drained > 0:
+        drained = drain(transfer, pipe)
+    return filled, drained
 
 
 def file_to_socket_by_sendfile(transfer: Transfer) -> str | None:
@@ -148,32 +191,37 @@ def stream_through_pool(transfer: Transfer) -> str | None:
 
 
 def fill(transfer: Transfer, pipe: Pipe, asked: int) -> int:
-    """Splice at most *asked* bytes of the source into *pipe*, which is empty on entry, once.
+    """Splice at most *asked* bytes of the source, a socket, into *pipe*, which is empty, once.
 
-    Returns how many bytes that was, on exit also ``pipe.pending``; 0: the source has ended, or a
-    socket is at TCP's urgent mark. Or returns minus the errno (NOT_NOW: a stream has nothing now),
-    with the pipe still empty, or ``pending`` UNKNOWN after a thread's job. A thread splices what is
-    not in the page cache. Lets out ValueError for a closed file, and what is thrown into a greenlet
-    that waits for a thread, with ``pending`` UNKNOWN.
+    Returns how many bytes that was, on exit also ``pipe.pending``; 0: the source has ended, or is
+    at TCP's urgent mark. Or returns minus the errno (NOT_NOW: it has nothing now), with the pipe
+    still empty. Lets out ValueError for a closed file.
+    """
+    fd = transfer.src.fileno()
+    pipe.pending = UNKNOWN  # an exception before the result is known must not look like empty
+    filled = splice(fd, pipe.write_fd, asked)
+    pipe.pending = max(0, filled)
+    transfer.src.note_taken(pipe.pending)
+    return filled
+
+
+def fill_from_disk(transfer: Transfer, pipe: Pipe, asked: int) -> int:
+    """Have a thread splice at most COLD_PIECE bytes of a file into *pipe*, which is empty.
+
+    Returns as :func:`fill` does; after an error ``pipe.pending`` is UNKNOWN, as it also is if
+    something is thrown into the waiting greenlet, which this lets out, with ValueError for a closed
+    file.
     """
     src = transfer.src
-    fd = src.fileno()
-    pipe.pending = UNKNOWN  # an exception before the result is known must not look like empty
-    if not isinstance(src, File):
-        filled = answer(os.splice, fd, pipe.write_fd, asked, flags=SPLICE_FLAGS)
-    elif cached := src.cached(asked):
-        filled = answer(os.splice, fd, pipe.write_fd, cached, src.offset, flags=SPLICE_FLAGS)
-    else:
-        asked = min(asked, COLD_PIECE)
-        ahead = min(transfer.within_limit(src.remaining()) - asked, COLD_PIECE)
-        filled = transfer.on_thread(
-            (src,), _fill_from_disk, pipe, src.offset, asked, ahead, resources=(pipe,)
-        )
-        if filled < 0:  # the job has more calls than splice(2), which moves nothing if it fails
-            return filled  # type: ignore[no-any-return]
-    pipe.pending = max(0, filled)
-    src.note_taken(pipe.pending)
-    return filled  # type: ignore[no-any-return]
+    asked = min(asked, COLD_PIECE)
+    ahead = min(transfer.within_limit(src.remaining()) - asked, COLD_PIECE)
+    pipe.pending = UNKNOWN
+    filled: int = transfer.on_thread(
+        (src,), _fill_from_disk, pipe, src.offset, asked, ahead, resources=(pipe,)
+    )
+    if filled >= 0:  # the job has more calls than splice(2), which moves nothing if it fails
+        pipe.pending = filled
+    return filled
 
 
 def _fill_from_disk(fd: int, pipe: Pipe, offset: int, asked: int, ahead: int) -> int:
@@ -196,7 +244,7 @@ def drain(transfer: Transfer, pipe: Pipe) -> int:
     dst = transfer.dst
     if isinstance(dst, File) and dst.write_may_wait(pipe.pending):
         return drain_to_disk(transfer, pipe) or TOOK_NOTHING
-    drained: int = answer(os.splice, pipe.read_fd, dst.fileno(), pipe.pending, flags=SPLICE_FLAGS)
+    drained = splice(pipe.read_fd, dst.fileno(), pipe.pending)
     if drained > 0:
         pipe.pending -= drained
         transfer.count_delivered(drained, "bytes_spliced")
@@ -267,10 +315,10 @@ def _splice_directly(transfer: Transfer, asked: int) -> int:
                 transfer, asked, (src,), _splice_to_disk, asked, promised=lambda: asked
             )
         else:  # an empty pipe: splice(2) tells whether it has ended
-            spliced = answer(os.splice, src.fileno(), dst.fileno(), asked or 1, flags=SPLICE_FLAGS)
+            spliced = splice(src.fileno(), dst.fileno(), asked or 1)
         # There is no waiting for a file that takes nothing now: the ordinary write says so.
         return TOOK_NOTHING if spliced == NOT_NOW and available else spliced
-    return answer(os.splice, src.fileno(), dst.fileno(), asked, flags=SPLICE_FLAGS)  # type: ignore[no-any-return]
+    return splice(src.fileno(), dst.fileno(), asked)
 
 
 def _splice_to_disk(src_fd: int, dst_fd: int, position: int, asked: int) -> int:

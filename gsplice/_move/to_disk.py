@@ -15,8 +15,7 @@ from gevent.monkey import get_original
 from .._ends.end import End
 from .._ends.socket import Socket
 from .._ends.stream import unread
-from .._os.linux import SPLICE_FLAGS
-from .._os.results import NOT_NOW, answer
+from .._os.results import NOT_NOW, splice
 from .._pool.pipe import UNKNOWN, Pipe
 from .._threads.descriptor import Duplicate
 from .._threads.job import Resource
@@ -195,7 +194,7 @@ class _RevocableSocket:
                 if os.fstat(own.fd).st_ino != self._ino:
                     return 0  # closed meanwhile, and the number belongs to another file
                 most = min(self.remaining, PIECE)
-                filled: int = answer(os.splice, own.fd, pipe.write_fd, most, flags=SPLICE_FLAGS)
+                filled = splice(own.fd, pipe.write_fd, most)
             finally:
                 own.close_now()
             if filled < 0:

@@ -34,7 +34,7 @@ class Transfer(Account):
 
     def count_delivered(self, number: int, counter: str) -> None:
         """Count *number* bytes of the source as delivered, and move its offset past them."""
-        super().count_delivered(number, counter)
+        Account.count_delivered(self, number, counter)
         self.src.advance(number)
 
     def keep_splicing(self, filled: int) -> bool:

@@ -11,6 +11,8 @@ import os
 from collections.abc import Callable
 from typing import Any, Final
 
+from .linux import SPLICE_FLAGS
+
 #: The source has nothing now, or the destination takes nothing.
 NOT_NOW: Final = -errno.EAGAIN
 
@@ -60,10 +62,27 @@ def answer(call: Callable[..., Any], *args: Any, **options: Any) -> Any:
     try:
         return call(*args, **options)
     except OSError as err:
-        inner = err.__traceback__ and err.__traceback__.tb_next  # None: raised by a built-in
-        if inner and inner.tb_frame.f_code is not getattr(call, "__code__", None):
-            raise
-        return -(err.errno or errno.EIO)
+        return _minus_errno(err, call)
+
+
+def splice(source: int, destination: int, most: int, offset: int | None = None) -> int:
+    """Splice *most* bytes at most, waiting for no pipe or socket; return how many, or minus errno.
+
+    *offset*: where to read if *source* is a file, whose own position is then left alone. Lets out
+    what :func:`answer` does.
+    """
+    try:
+        return os.splice(source, destination, most, offset, None, SPLICE_FLAGS)
+    except OSError as err:
+        return _minus_errno(err, os.splice)
+
+
+def _minus_errno(err: OSError, call: Callable[..., Any]) -> int:
+    """Return minus the errno of *err* if *call* raised it; else raise it again."""
+    inner = err.__traceback__ and err.__traceback__.tb_next  # None: raised by a built-in
+    if inner and inner.tb_frame.f_code is not getattr(call, "__code__", None):
+        raise err
+    return -(err.errno or errno.EIO)
 
 
 def answer_of_job(job: Callable[..., Any], *args: Any) -> Any:

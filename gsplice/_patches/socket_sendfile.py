@@ -15,20 +15,22 @@ from .._counters import counters
 from .._ends.exact_type import overrides_nothing
 from .._ends.recognise import NotOurs, regular_file, stream_socket
 from .._ends.small import SMALL_FILE
-from .._move.memory import through_memory
+from .._move.memory import READ_SIZE, buffers, through_memory
 from .._move.move import move, move_inside_kernel
 from .._move.transfer import Transfer
 from .._os.linux import RWF_NOWAIT
-from ..config import settings
+from ..config import KiB, settings
 
 __implements__ = ["sendfile", "_sendfile_use_sendfile"]
 
 #: What these names referred to before they were patched.
 originals: Final[dict[str, Any]] = {name: getattr(GeventSocket, name) for name in __implements__}
 
-#: Free buffers for :func:`_send_small`, which takes one out while it uses it.
-_buffers: Final[list[bytearray]] = []
 _ONE_BYTE: Final = (bytearray(1),)
+
+#: If a file has more bytes than this, :func:`_send_small` asks whether it is small before it reads
+#: the rest.
+_FIRST_READ: Final = 8 * KiB
 
 _GiveupOnSendfile: type[Exception] = stdlib_socket._GiveupOnSendfile  # type: ignore[attr-defined]
 
@@ -72,7 +74,7 @@ def _send(sock: Any, file: Any, offset: int, count: int | None, sent: int = 0) -
 
 
 def _send_small(sock: Any, file: Any, offset: int, count: int | None) -> int | None:
-    """Send all of a small cached file by two reads and one send, as fast as gevent's sendfile.
+    """Send all of a small cached file by a few reads and one send, as fast as gevent's sendfile.
 
     Returns how many bytes were sent; None if this way does not do, and nothing was sent. Without
     it, a small file takes two to three times as long, most of that to recognise the two ends
@@ -96,7 +98,7 @@ def _send_small(sock: Any, file: Any, offset: int, count: int | None) -> int | N
     if type(raw) is not FileIO or raw.closed or not overrides_nothing(raw):
         return None
     fd = raw.fileno()
-    buffer = _buffers.pop() if _buffers else bytearray(SMALL_FILE + 1)
+    buffer = buffers.pop() if buffers else bytearray(READ_SIZE)
     try:
         try:
             stands = file.tell()
@@ -104,11 +106,17 @@ def _send_small(sock: Any, file: Any, offset: int, count: int | None) -> int | N
                 return None  # something is in its buffer
             position = offset or stands
             view = memoryview(buffer)[:count]
-            number = os.preadv(fd, (view,), position, RWF_NOWAIT)
-            if not 0 < number <= SMALL_FILE:
+            number = os.preadv(fd, (view[:_FIRST_READ],), position, RWF_NOWAIT)
+            if number == _FIRST_READ != count:
+                if (count is None or count > SMALL_FILE) and os.preadv(
+                    fd, _ONE_BYTE, position + SMALL_FILE, RWF_NOWAIT
+                ):
+                    return None  # it is not small
+                number += os.preadv(fd, (view[number:],), position + number, RWF_NOWAIT)
+            if not number:
                 return None
             if number != count and os.preadv(fd, _ONE_BYTE, position + number, RWF_NOWAIT):
-                return None  # the file goes on, so it is not small
+                return None  # some of it is not cached
         except OSError:  # not cached, or the filesystem can't tell
             return None
         try:
@@ -119,7 +127,7 @@ def _send_small(sock: Any, file: Any, offset: int, count: int | None) -> int | N
             file.seek(position)
             raise
     finally:
-        _buffers.append(buffer)
+        buffers.append(buffer)
     file.seek(position + sent)
     counters.add_transfer("bytes_copied", sent)
     return sent if sent == number else _send(sock, file, position + sent, count, sent)

@@ -12,8 +12,8 @@ from typing import Final
 
 from gevent.monkey import get_original
 
-from .._os.linux import F_GETPIPE_SZ, F_SETPIPE_SZ, LINUX, SPLICE_FLAGS, fcntl
-from .._os.results import answer
+from .._os.linux import F_GETPIPE_SZ, F_SETPIPE_SZ, LINUX, fcntl
+from .._os.results import answer, splice
 from ..config import KiB, MiB, settings
 
 #: Capacity of a new pipe by how many are open: (up to this many pipes, so many bytes each). An
@@ -120,7 +120,7 @@ class Pipe:
         """
         dropped = 1
         while self.pending > 0 and dropped > 0:
-            dropped = answer(os.splice, self.read_fd, _null(), self.pending, flags=SPLICE_FLAGS)
+            dropped = splice(self.read_fd, _null(), self.pending)
             self.pending -= max(0, dropped)
 
     def leave_to_thread(self) -> None:

@@ -20,7 +20,9 @@ from ends import GUARD, Ends, KiB, MiB, is_waited_for, until
 import gsplice
 
 HOT = 256 * MiB
-MOST_BETWEEN_TURNS = 12 * MiB
+#: Two turns of the loop for one that waits, 4 MiB each, counted as they go into the pipe and out of
+#: it, and one piece more.
+MOST_BETWEEN_TURNS = 20 * MiB
 
 
 class Others:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import inspect
 import io
 import os
 import re
@@ -211,7 +212,8 @@ def splices(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
     splice = os.splice
 
     def recorded(*args: Any, **kwargs: Any) -> int:
-        calls.append([args, kwargs, None])
+        bound = inspect.signature(splice).bind(*args, **kwargs)
+        calls.append([args, bound.arguments, None])
         calls[-1][2] = splice(*args, **kwargs)
         return calls[-1][2]
 
@@ -278,8 +280,8 @@ def test_both_ends_of_every_splice_are_non_blocking(tmp_path: Path, splices: lis
         dst, finish = ends.sink("tcp")
         gsplice.copy(ends.source("unix", some_bytes(1 * MiB)), dst)
         finish()
-    for _, kwargs, _ in splices:
-        assert kwargs["flags"] & os.SPLICE_F_NONBLOCK
+    for _, arguments, _ in splices:
+        assert arguments["flags"] & os.SPLICE_F_NONBLOCK
 
 
 # ---- pipes of any capacity
