@@ -169,5 +169,5 @@ def test_a_stream_that_never_waits_gives_way(monkeypatch: pytest.MonkeyPatch, un
     server.shutdown(socket.SHUT_WR)
     assert relaying.get(timeout=GUARD) == (total + 128 * KiB, 0)
     others.kill()
-    assert longest <= 8 * MiB
-    assert turns >= 2 * total // (8 * MiB)
+    assert longest <= 10 * MiB  # in and out of the pipe, and one piece more
+    assert turns >= 2 * total // (10 * MiB)
