@@ -62,6 +62,8 @@ def file_of(part: Part) -> File:
 def find(result: object) -> Part | None:
     """Return the part of a file that iterating over *result* would yield; None if unknown."""
     try:
+        if type(result).__name__ not in _NAMES:  # most responses are lists
+            return None
         part = _whole(result)
         if part is None:
             take = _lookup(result, _RANGES)
@@ -124,6 +126,10 @@ _RANGES: Final = {
     ("webob.response", "AppIterRange"): _app_iter_range,
     ("werkzeug.wsgi", "_RangeWrapper"): _range_wrapper,
 }
+
+
+#: The names of all these types.
+_NAMES: Final = frozenset(name for _, name in [*_WRAPPERS, *_RANGES])
 
 
 def _lookup(obj: Any, table: Any) -> Any:
