@@ -87,6 +87,9 @@ def write(transfer: Transfer, data: bytes | memoryview) -> None:
                 raise
             transfer.wait(dst.wait_write)
             continue
+        except OSError:
+            transfer.write_failed = True
+            raise
         view = view[written:]
         transfer.count_delivered(written, "bytes_copied")
         transfer.give_way()
