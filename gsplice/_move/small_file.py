@@ -23,13 +23,15 @@ _FIRST_READ: Final = 16 * KiB + 1
 _ONE_BYTE: Final = (bytearray(1),)
 
 
-def read_small(file: Any, offset: int, count: int | None, buffer: bytearray) -> tuple[int, int]:
+def read_small(
+    file: Any, offset: int | None, count: int | None, buffer: bytearray
+) -> tuple[int, int]:
     """Read what remains of a small file from *offset* on, or *count* bytes of it, into *buffer*.
 
-    *offset* 0: from the position of *file*. *buffer* has room for SMALL_FILE bytes. Returns where
-    the bytes are in the file, and how many; 0 bytes if this way does not do: *file* is not what
-    ``open(path, "rb")`` returns, or has buffered something, or ends there, or is not small, or not
-    in the page cache. In any case the position of *file* stays as it is. Raises nothing.
+    *offset* None: from the position of *file*. *buffer* has room for SMALL_FILE bytes. Returns
+    where the bytes are in the file, and how many; 0 bytes if this way does not do: *file* is not
+    what ``open(path, "rb")`` returns, or has buffered something, or ends there, or is not small, or
+    not in the page cache. In any case the position of *file* stays as it is. Raises nothing.
     """
     nothing = 0, 0
     if (
@@ -37,8 +39,7 @@ def read_small(file: Any, offset: int, count: int | None, buffer: bytearray) -> 
         or not RWF_NOWAIT
         or settings.offload == "always"
         or (file.__dict__ and not overrides_nothing(file))
-        or type(offset) is not int
-        or not 0 <= offset <= sys.maxsize
+        or not (offset is None or (type(offset) is int and 0 <= offset <= sys.maxsize))
         or not (count is None or (type(count) is int and count > 0))
     ):
         return nothing
@@ -50,7 +51,7 @@ def read_small(file: Any, offset: int, count: int | None, buffer: bytearray) -> 
         stands = file.tell()
         if os.lseek(fd, 0, os.SEEK_CUR) != stands:
             return nothing  # something is in its buffer
-        position = offset or stands
+        position = stands if offset is None else offset
         view = memoryview(buffer)[:count]
         number = os.preadv(fd, (view[:_FIRST_READ],), position, RWF_NOWAIT)
         if number == _FIRST_READ != count:

@@ -8,14 +8,17 @@ gevent.pywsgi is not imported from here: it imports ssl, which must wait until
 from __future__ import annotations
 
 import sys
+from io import BufferedReader
+from os import SEEK_CUR, SEEK_SET
 from types import SimpleNamespace
 from typing import Any, Final
 
 from .._counters import counters
 from .._ends.recognise import NotOurs, stream_socket
 from .._ends.small import SMALL_FILE
-from .._move.memory import read
+from .._move.memory import READ_SIZE, buffers, read
 from .._move.move import move
+from .._move.small_file import read_small
 from .._move.transfer import Transfer
 from .._os.linux import MSG_MORE
 from .pywsgi_sends import (
@@ -100,6 +103,8 @@ def replacements(handler_class: Any) -> SimpleNamespace:
     def process_result(self: Any) -> None:
         part = find(self.result)
         if part is not None:
+            if _send_small(self, part):
+                return
             try:
                 response = _FileResponse(self, handler_class, part)
             except NotOurs as reason:
@@ -178,6 +183,56 @@ def _needs_no_body(handler: Any) -> bool:
             handler.write(b"")
         return True  # neither a body nor the last chunk of one
     return False
+
+
+def _send_small(handler: Any, part: Part) -> bool:
+    """Send a small cached file as if the application had given its bytes; False: nothing was done.
+
+    Without it, a response of 1 KiB takes 50 us longer (benchmarks/servers.py). Lets out what the
+    handler's own write() raises.
+    """
+    file = part.file
+    if (
+        type(file) is not BufferedReader
+        or not handler.status
+        or handler.headers_sent
+        or handler.command == "HEAD"
+        or handler.code < 200
+        or handler.code in (204, 304)
+        or (part.start and part.whence == SEEK_CUR)
+        or any(name.lower() == b"transfer-encoding" for name, _ in handler.response_headers)
+    ):
+        return False
+    declared = _declared_length(handler)
+    if declared is None:
+        if handler.provided_content_length is not None or not _is_file_wrapper(handler.result):
+            return False
+    elif declared != _cut(declared, part.length):
+        return False  # the connection will have to be closed
+    count = part.length if declared is None else declared
+    if count is not None and count > SMALL_FILE:
+        return False
+    data, after = _read_small(part, count)
+    if not data or len(data) != (count or len(data)):
+        return False
+    file.seek(after)
+    if declared is None:
+        handler.provided_content_length = str(len(data))
+        handler.response_headers.append((b"Content-Length", b"%d" % len(data)))
+    handler.write(data)
+    counters.add_transfer("bytes_copied", len(data))
+    return True
+
+
+def _read_small(part: Part, count: int | None) -> tuple[bytes, int]:
+    """Return what :func:`read_small` reads of *part*, and the position after it."""
+    offset = part.start if part.whence == SEEK_SET else None
+    buffer = buffers.pop() if buffers else bytearray(READ_SIZE)
+    try:
+        position, number = read_small(part.file, offset, count, buffer)
+        return bytes(memoryview(buffer)[:number]), position + number
+    finally:
+        buffers.append(buffer)
 
 
 class _FileResponse:

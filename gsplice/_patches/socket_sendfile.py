@@ -80,7 +80,7 @@ def _send_small(sock: Any, file: Any, offset: int, count: int | None) -> int | N
         return None
     buffer = buffers.pop() if buffers else bytearray(READ_SIZE)
     try:
-        position, number = read_small(file, offset, count, buffer)
+        position, number = read_small(file, offset or None, count, buffer)
         if not number:
             return None
         try:
