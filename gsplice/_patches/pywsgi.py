@@ -132,7 +132,7 @@ def replacements(handler_class: Any) -> SimpleNamespace:
             originals["_write_with_headers"](self, data)
 
     def _sendall(self: Any, data: Any) -> None:
-        # gevent's socket.sendall() takes 3 us longer than a send(2) that needs not wait.
+        # gevent's socket.sendall() takes 3 us longer than a send(2) that does not have to wait.
         sent = 0
         if type(data) in (bytes, bytearray) and len(data) <= AT_ONCE and is_plain(self):
             sent = send_some(self, data)
