@@ -200,7 +200,7 @@ def _send_small(handler: Any, part: Part) -> bool:
         or handler.code < 200
         or handler.code in (204, 304)
         or (part.start and part.whence == SEEK_CUR)
-        or any(name.lower() == b"transfer-encoding" for name, _ in handler.response_headers)
+        or b"transfer-encoding" in [name.lower() for name, _ in handler.response_headers]
     ):
         return False
     declared = _declared_length(handler)

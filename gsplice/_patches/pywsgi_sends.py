@@ -78,7 +78,11 @@ def send_together(handler: Any, pieces: Sequence[bytes]) -> None:
     Lets out the errors of the socket. These are recorded, and is counted what has been sent, as if
     the pieces had been sent one by one.
     """
-    sent = send_some(handler, b"".join(pieces))
+    together = b"".join(pieces)
+    sent = send_some(handler, together)
+    if sent == len(together):
+        handler.response_length += sent
+        return
     for piece in pieces:
         if sent < len(piece):
             handler._sendall(piece[sent:])

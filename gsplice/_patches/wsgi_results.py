@@ -7,6 +7,7 @@ wrapper their own file object that ends early. Only exact types are taken, as in
 
 from __future__ import annotations
 
+from io import BufferedReader
 from os import SEEK_CUR, SEEK_SET
 from typing import Any, Final, NamedTuple
 
@@ -84,7 +85,7 @@ def _whole(result: Any) -> Part | None:
     if attribute is None:
         return None
     file = getattr(result, attribute)
-    inner = _lookup(file, _BOUNDED)
+    inner = None if type(file) is BufferedReader else _lookup(file, _BOUNDED)
     return Part(file) if inner is None else Part(getattr(file, inner), length=file.remaining)
 
 
