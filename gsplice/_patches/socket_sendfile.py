@@ -76,6 +76,7 @@ def _send_small(sock: Any, file: Any, offset: int, count: int | None) -> int | N
         or type(file) is not BufferedReader
         or sock.timeout == 0.0
         or sock._sock.type != SOCK_STREAM
+        or type(offset) is not int
     ):
         return None
     buffer = buffers.pop() if buffers else bytearray(READ_SIZE)
