@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+from collections import deque
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any, Final
@@ -12,6 +14,9 @@ from gevent.monkey import get_original
 from ._os.fork import in_forked_child
 
 _RLock: Callable[[], Any] = get_original("_thread", "RLock")
+
+#: How many fallbacks are noted before they are added up: so many take a few kilobytes.
+MOST_NEW_REASONS: Final = 512
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +64,7 @@ class Counters:
     while its own thread holds the lock.
     """
 
-    __slots__ = ("_lock", "fallbacks", "numbers", "pool")
+    __slots__ = ("_fallbacks", "_lock", "_new_reasons", "numbers", "pool")
 
     def __init__(self) -> None:
         self.numbers = {
@@ -70,7 +75,9 @@ class Counters:
             "bytes_copied": 0,
             "offloads": 0,
         }
-        self.fallbacks: dict[str, int] = {}
+        self._fallbacks: dict[str, int] = {}
+        #: Reasons not yet in _fallbacks: to append one takes a quarter of the time, without a lock.
+        self._new_reasons: deque[str] = deque()
         #: Returns the figures of the pool, which puts its function here.
         self.pool: Callable[[], dict[str, int]] = dict
         self.renew_lock()
@@ -92,14 +99,23 @@ class Counters:
 
     def fell_back(self, reason: str) -> None:
         """Count, under *reason*, one call that the original function got or had to finish."""
-        with self._lock:
-            self.fallbacks[reason] = self.fallbacks.get(reason, 0) + 1
+        self._new_reasons.append(reason)
+        if len(self._new_reasons) >= MOST_NEW_REASONS:
+            self._add_up_reasons()
+
+    def _add_up_reasons(self) -> None:
+        with self._lock, contextlib.suppress(IndexError):  # none is left
+            while True:
+                reason = self._new_reasons.popleft()
+                self._fallbacks[reason] = self._fallbacks.get(reason, 0) + 1
 
     def snapshot(self) -> Stats:
         """Return the figures of this moment."""
         pool = self.pool()
         with self._lock:
-            return Stats(**pool, **self.numbers, fallbacks=MappingProxyType(self.fallbacks.copy()))
+            self._add_up_reasons()
+            fallbacks = MappingProxyType(self._fallbacks.copy())
+            return Stats(**pool, **self.numbers, fallbacks=fallbacks)
 
 
 counters: Final = Counters()

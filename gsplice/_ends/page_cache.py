@@ -93,6 +93,16 @@ def _filesystem(device: int) -> int | None:
     return found if time.monotonic() - asked < TYPE_BELIEVED else _NOT_KNOWN
 
 
+def write_may_wait(device: int, size: int) -> bool:
+    """Return whether writing *size* bytes to a file on *device* may wait for a disk or a server."""
+    if settings.offload != "auto":
+        return settings.offload == "always"
+    filesystem = _filesystem(device)
+    if filesystem in _IN_MEMORY:
+        return False
+    return size > BIG_WRITE or filesystem not in _ON_DISK
+
+
 class Residency:
     """What is known about the page cache of one file, during one transfer."""
 
@@ -143,12 +153,7 @@ class Residency:
 
     def write_may_wait(self, size: int) -> bool:
         """Return whether writing *size* bytes may wait for a disk or a server."""
-        if settings.offload != "auto":
-            return settings.offload == "always"
-        filesystem = _filesystem(self._status.st_dev)
-        if filesystem in _IN_MEMORY:
-            return False
-        return size > BIG_WRITE or filesystem not in _ON_DISK
+        return write_may_wait(self._status.st_dev, size)
 
     def close_may_wait(self) -> bool:
         """Return whether closing a descriptor may wait for a server, which is told of it."""

@@ -13,6 +13,7 @@ import io
 import os
 import socket as stdlib_socket
 import stat
+import sys
 from collections.abc import Callable
 from socket import AF_INET, AF_INET6, SOCK_STREAM
 from typing import Any, Final
@@ -28,7 +29,7 @@ from .end import End
 from .exact_type import FILE_METHODS, by_name, overrides_nothing
 from .file import File
 from .pipe import CallersPipe
-from .request_body import INPUTS, GunicornBody
+from .request_body import INPUTS, GunicornBody, LimitedBody, PywsgiBody
 from .response_body import body_of, response_behind
 from .small import SMALL_BODY
 from .socket import Socket
@@ -40,10 +41,10 @@ SocketIO: Any = stdlib_socket.SocketIO  # with its private attributes
 _BUFFER: Final = "buffer"
 _RAW: Final = "raw"
 _RESPONSE: Final = "response"
-_INPUT: Final = "input"
+_WRITER: Final = "writer"
 
-#: The role of each type taken: a buffer, a raw file, an HTTP response, the body of a request; for a
-#: wrapper, the attribute in which it keeps what it wraps.
+#: The role of each type taken: a buffer, a raw file, an HTTP response, the body of a request, an
+#: unbuffered writer to a socket; for a wrapper, the attribute in which it keeps what it wraps.
 _known: Final[dict[type, str]] = {
     io.BufferedReader: _BUFFER,
     io.BufferedWriter: _BUFFER,
@@ -51,6 +52,9 @@ _known: Final[dict[type, str]] = {
     io.FileIO: _RAW,
     SocketIO: _RAW,
 }
+
+#: The role of each kind of request's body.
+_REQUESTS: Final = {".".join(name): kind for name, kind in INPUTS.items()}
 
 #: The same by module and name, for types whose modules may not have been imported.
 _BY_NAME: Final = {
@@ -64,14 +68,12 @@ _BY_NAME: Final = {
     ("tempfile", "_TemporaryFileWrapper"): "file",
     ("http.client", "HTTPResponse"): _RESPONSE,
     ("urllib3.response", "HTTPResponse"): _RESPONSE,
-    **dict.fromkeys(INPUTS, _INPUT),
+    **{name: ".".join(name) for name in INPUTS},
+    ("socketserver", "_SocketWriter"): _WRITER,
 }
 
 #: The roles other than wrappers.
-_ENDS: Final = frozenset({_BUFFER, _RAW, _RESPONSE, _INPUT})
-
-#: Unbuffered writers to a socket, and the attribute in which they keep it.
-_WRITERS: Final = {("socketserver", "_SocketWriter"): "_sock"}
+_ENDS: Final = frozenset({_BUFFER, _RAW, _RESPONSE, _WRITER, *_REQUESTS})
 
 _SOCKET_METHODS: Final = frozenset(
     {
@@ -104,13 +106,53 @@ class NotOurs(Exception):
     """The original function has to take the object; ``args[0]`` is the reason, as it is counted."""
 
 
+def refusal_at_sight(src: Any, dst: Any) -> str | None:
+    """Return why the original has to copy from *src* to *dst*; None: only source() and sink() tell.
+
+    Looks at their types, and at the length that a response or a request declares. Most objects
+    that programs copy are none of ours, or too small, and must not pay for more.
+    """
+    role = _role(type(src))
+    if role is None:
+        return "source_type"
+    if role is _RESPONSE:
+        reason = _response_at_sight(src.__dict__)
+        if reason is not None:
+            return reason
+    elif role in _REQUESTS:
+        declared = _REQUESTS[role].declared(src)
+        if declared is not None and declared <= SMALL_BODY:
+            return "small"
+    return "destination_type" if _role(type(dst)) is None else None
+
+
+def _response_at_sight(fields: dict[str, Any]) -> str | None:
+    """Return why a response with these attributes is not taken; None if they don't tell."""
+    length = fields.get("length", fields.get("length_remaining"))  # http.client's, urllib3's
+    if type(length) is int and length <= SMALL_BODY:
+        return "small" if length > 0 else "body"
+    if fields.get("chunked") is True:
+        return "body"
+    file = fields.get("fp")
+    if type(file) is io.BufferedReader and type(file.raw) is SocketIO:
+        ssl = sys.modules.get("gevent.ssl")
+        if ssl is not None and type(file.raw._sock) is getattr(ssl, "SSLSocket", None):
+            return "socket_type"
+    return None
+
+
+def is_socket_writer(cls: type) -> bool:
+    """Return whether an object of this type only writes to a socket, of whatever type that is."""
+    return cls is SocketIO or _role(cls) is _WRITER
+
+
 def source(obj: Any) -> End:
     """Return the end that *obj* reads from. Raises NotOurs."""
-    role = _role(type(obj)) if LINUX else None
+    role = _role(type(obj))
     if role is _RESPONSE:
         return _response(obj)
-    if role is _INPUT:
-        return _request(obj)
+    if role in _REQUESTS:
+        return _request(obj, _REQUESTS[role])
     buffer, raw = _layers(obj, role, "source_type")
     if not buffer.readable():
         raise NotOurs("source_type")
@@ -121,11 +163,10 @@ def source(obj: Any) -> End:
 
 def sink(obj: Any) -> End:
     """Return the end that *obj* writes to. Raises NotOurs."""
-    attribute = by_name(type(obj), _WRITERS)
-    if attribute is not None and overrides_nothing(obj):
-        return stream_socket(getattr(obj, attribute))
-    role = _role(type(obj)) if LINUX else None
-    if role in (_RESPONSE, _INPUT):
+    role = _role(type(obj))
+    if role is _WRITER and overrides_nothing(obj):
+        return stream_socket(obj._sock)
+    if role in (_RESPONSE, _WRITER) or role in _REQUESTS:
         raise NotOurs("destination_type")
     buffer, raw = _layers(obj, role, "destination_type")
     if not buffer.writable():
@@ -191,9 +232,8 @@ def _response(obj: Any) -> Body:
     return body_of(obj, response, end)
 
 
-def _request(obj: Any) -> Body:
+def _request(obj: Any, kind: type[PywsgiBody | GunicornBody | LimitedBody]) -> Body:
     """Return the body of a request, of which *obj* is the ``wsgi.input``. Raises NotOurs."""
-    kind = INPUTS[type(obj).__module__, type(obj).__name__]
     behind = kind.inner_of(obj)
     if behind is None:
         raise NotOurs("body")
@@ -225,6 +265,8 @@ def _layers(obj: Any, role: str | None, reason: str) -> tuple[Any, Any]:
 
 
 def _role(cls: type) -> str | None:
+    if not LINUX:
+        return None
     try:
         role = _known.get(cls)
     except TypeError:  # a class that can't be hashed

@@ -30,6 +30,13 @@ class PywsgiBody(Body):
         self._input = obj
 
     @staticmethod
+    def declared(obj: Any) -> int | None:
+        """Return how many bytes *obj* says that remain; None if it does not say."""
+        if obj.chunked_input or obj.content_length is None:
+            return None
+        return obj.content_length - obj.position  # type: ignore[no-any-return]
+
+    @staticmethod
     def inner_of(obj: Any) -> Any | None:
         """Return the file that *obj* reads from; None if it changes the bytes."""
         if not methods_unchanged(obj, "read", "_do_read", "_send_100_continue"):
@@ -62,6 +69,11 @@ class GunicornBody(Body):
     def __init__(self, end: Socket, obj: Any) -> None:
         super().__init__(end.obj, end.raw, end.sock)
         self._body = obj
+
+    @staticmethod
+    def declared(obj: Any) -> int | None:
+        """Return how many bytes *obj* says that remain; None if it does not say."""
+        return getattr(obj.reader, "length", None)
 
     @staticmethod
     def inner_of(obj: Any) -> Any | None:
@@ -132,6 +144,11 @@ class LimitedBody(Body):
         super().__init__(inner.obj, inner.raw, inner.sock)
         self._inner: Body = inner
         self._stream = obj
+
+    @staticmethod
+    def declared(obj: Any) -> int | None:
+        """Return how many bytes *obj* says that remain at the most."""
+        return obj.limit - obj._pos  # type: ignore[no-any-return]
 
     @staticmethod
     def inner_of(obj: Any) -> Any | None:

@@ -1,67 +1,92 @@
-"""Reading all of a small cached file at once.
+"""A small file that is in the page cache is copied here, before anything else is asked about it.
 
-The full way of a transfer takes 20 us before the first byte, most of that to recognise the two
-ends: as much as reading and sending a small file costs (benchmarks/file_to_socket.py).
+To recognise two files in full takes longer than to copy so little. One preadv(2) tells that the
+source is a file, how much of it is left, and that no disk has to be waited for, and has read it.
 """
 
 from __future__ import annotations
 
 import os
-import sys
-from io import BufferedReader, FileIO
+from io import BufferedReader, BufferedWriter, FileIO
+from stat import S_ISREG
 from typing import Any, Final
 
-from .._ends.exact_type import overrides_nothing
+from .._ends.exact_type import FILE_METHODS
+from .._ends.page_cache import write_may_wait
+from .._ends.recognise import is_socket_writer
 from .._ends.small import SMALL_FILE
 from .._os.linux import RWF_NOWAIT
-from ..config import KiB, settings
+from ..config import settings
+from .memory import buffers, new_buffer
 
-#: If a file has so many bytes or more, we ask whether it is small before we read the rest. One more
-#: than a size that files like to have.
-_FIRST_READ: Final = 16 * KiB + 1
+#: A read from the page cache that meets a page which is not there stops before it.
+_PAGE: Final = 4096
+
+#: What a BufferedWriter takes beside its buffer.
+_EMPTY_WRITER: Final = BufferedWriter.__basicsize__
 
 _ONE_BYTE: Final = (bytearray(1),)
 
 
-def read_small(
-    file: Any, offset: int | None, count: int | None, buffer: bytearray
-) -> tuple[int, int]:
-    """Read what remains of a small file from *offset* on, or *count* bytes of it, into *buffer*.
+def copy_small_file(fsrc: Any, fdst: Any, length: int) -> bool:
+    """Copy what is left of *fsrc*, as the original does; False: there may be more to copy.
 
-    *offset* None: from the position of *file*. *buffer* has room for SMALL_FILE bytes. Returns
-    where the bytes are in the file, and how many; 0 bytes if this way does not do: *file* is not
-    what ``open(path, "rb")`` returns, or has buffered something, or ends there, or is not small, or
-    not in the page cache. In any case the position of *file* stays as it is. Raises nothing.
+    Does nothing unless *fsrc* is a file of at most SMALL_FILE bytes in the page cache, with nothing
+    read ahead, that the original would read in one piece of *length*; and *fdst* is a file for
+    which no disk is waited for, or a socket's. On exit, also by an error, the position of *fsrc* is
+    after what it has read. Lets out what writing raises.
     """
-    nothing = 0, 0
-    if (
-        type(file) is not BufferedReader
-        or not RWF_NOWAIT
-        or settings.offload == "always"
-        or (file.__dict__ and not overrides_nothing(file))
-        or not (offset is None or (type(offset) is int and 0 <= offset <= sys.maxsize))
-        or not (count is None or (type(count) is int and count > 0))
-    ):
-        return nothing
-    raw = file.raw
-    if type(raw) is not FileIO or raw.closed or (raw.__dict__ and not overrides_nothing(raw)):
-        return nothing
-    fd = raw.fileno()
+    src = fsrc.raw if type(fsrc) is BufferedReader else fsrc
+    dst = fdst.raw if type(fdst) is BufferedWriter else fdst
+    if type(src) is not FileIO or settings.offload == "always":
+        return False
+    is_file = type(dst) is FileIO
+    if not is_file and not is_socket_writer(type(dst)):
+        return False
+    for obj in (fsrc, src, fdst, dst):
+        if not FILE_METHODS.isdisjoint(obj.__dict__):
+            return False
+    buffer = buffers.pop() if buffers else new_buffer()
     try:
-        stands = file.tell()
-        if os.lseek(fd, 0, os.SEEK_CUR) != stands:
-            return nothing  # something is in its buffer
-        position = stands if offset is None else offset
-        view = memoryview(buffer)[:count]
-        number = os.preadv(fd, (view[:_FIRST_READ],), position, RWF_NOWAIT)
-        if number == _FIRST_READ != count:
-            if (count is None or count > SMALL_FILE) and os.preadv(
-                fd, _ONE_BYTE, position + SMALL_FILE, RWF_NOWAIT
-            ):
-                return nothing  # it is not small
-            number += os.preadv(fd, (view[number:],), position + number, RWF_NOWAIT)
-        if number != count and os.preadv(fd, _ONE_BYTE, position + number, RWF_NOWAIT):
-            return nothing  # some of it is not cached
-    except OSError:  # not cached, or the filesystem can't tell
-        return nothing
-    return position, number
+        try:
+            begin = fsrc.tell()
+            number = os.preadv(src.fileno(), (buffer,), begin, RWF_NOWAIT)
+            if not 0 < number <= SMALL_FILE or (length and 0 < length < number):
+                return False
+            if fsrc is not src and src.tell() != begin:
+                return False
+            is_written = is_file and not _fits_buffer(fdst, dst, number)
+            if is_written and _write_may_wait(dst, number):
+                return False
+            end = fsrc.seek(begin + number)
+        except (OSError, ValueError):  # not cached, no file, or closed
+            return False
+        data = memoryview(buffer)[:number]
+        # Only a file is known to be done with its argument when it returns.
+        fdst.write(data if is_file else bytes(data))
+    finally:
+        buffers.append(buffer)
+    if end % _PAGE and not is_written:  # else there may be pages that are not cached, or, if both
+        return True  # are one file, what has just been written
+    return _is_at_end(src, end)
+
+
+def _fits_buffer(fdst: Any, dst: Any, number: int) -> bool:
+    """Return whether the buffer of *fdst* has room for *number* bytes: then nothing is written."""
+    if fdst is dst:
+        return False
+    room: int = fdst.__sizeof__() - _EMPTY_WRITER - number
+    return room > 0 and fdst.tell() - dst.tell() < room
+
+
+def _write_may_wait(dst: Any, number: int) -> bool:
+    """Return whether to write *number* bytes to *dst* may wait, or it is no regular file."""
+    status = os.fstat(dst.fileno())
+    return not S_ISREG(status.st_mode) or write_may_wait(status.st_dev, number)
+
+
+def _is_at_end(raw: Any, offset: int) -> bool:
+    try:
+        return os.preadv(raw.fileno(), _ONE_BYTE, offset, RWF_NOWAIT) == 0
+    except (OSError, ValueError):
+        return False

@@ -16,9 +16,9 @@ from typing import Any, Final
 from .._counters import counters
 from .._ends.recognise import NotOurs, stream_socket
 from .._ends.small import SMALL_FILE
-from .._move.memory import READ_SIZE, buffers, read
+from .._move.memory import buffers, new_buffer, read
 from .._move.move import move
-from .._move.small_file import read_small
+from .._move.small_read import read_small
 from .._move.transfer import Transfer
 from .._os.linux import MSG_MORE
 from .pywsgi_sends import (
@@ -227,7 +227,7 @@ def _send_small(handler: Any, part: Part) -> bool:
 def _read_small(part: Part, count: int | None) -> tuple[bytes, int]:
     """Return what :func:`read_small` reads of *part*, and the position after it."""
     offset = part.start if part.whence == SEEK_SET else None
-    buffer = buffers.pop() if buffers else bytearray(READ_SIZE)
+    buffer = buffers.pop() if buffers else new_buffer()
     try:
         position, number = read_small(part.file, offset, count, buffer)
         return bytes(memoryview(buffer)[:number]), position + number

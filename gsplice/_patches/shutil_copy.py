@@ -5,13 +5,22 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+from io import BufferedReader, FileIO
 from typing import Any, Final
 
 from .._counters import counters
 from .._ends.end import End
 from .._ends.file import File
-from .._ends.recognise import NotOurs, check_different_files, regular_file, sink, source
+from .._ends.recognise import (
+    NotOurs,
+    check_different_files,
+    refusal_at_sight,
+    regular_file,
+    sink,
+    source,
+)
 from .._move.move import move
+from .._move.small_file import copy_small_file
 from .._move.transfer import Transfer
 
 #: What ``copyfile``, and so ``copy``, ``copy2``, ``copytree`` and ``move``, call for the contents:
@@ -46,15 +55,26 @@ def copyfileobj(fsrc: Any, fdst: Any, length: int = 0) -> None:
 
     Raises what reading from *fsrc* and writing to *fdst* raise.
     """
+    cls = type(fsrc)
+    reason: str | None
+    if length and not (type(length) is int and -1 <= length <= _MOST_LENGTH):
+        reason = "arguments"
+    elif (cls is BufferedReader or cls is FileIO) and copy_small_file(fsrc, fdst, length):
+        counters.fell_back("small")
+        return
+    else:
+        reason = refusal_at_sight(fsrc, fdst)
+    if reason is not None:  # returned, not raised: to raise it takes a microsecond
+        counters.fell_back(reason)
+        originals["copyfileobj"](fsrc, fdst, length)
+        return
     try:
-        if length and not (type(length) is int and -1 <= length <= _MOST_LENGTH):
-            raise NotOurs("arguments")
         src, dst = source(fsrc), sink(fdst)
         check_different_files(src, dst)
         if length and length < 0 and not isinstance(src, File) and src.needs_final_read:
             raise NotOurs("arguments")  # a response does not stop at the end of its body then
-    except NotOurs as reason:
-        counters.fell_back(reason.args[0])
+    except NotOurs as refusal:
+        counters.fell_back(refusal.args[0])
     else:
         if isinstance(src, File) and _original_is_faster(src, dst):
             counters.fell_back("small")

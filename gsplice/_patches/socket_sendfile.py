@@ -12,9 +12,9 @@ from gevent.socket import socket as GeventSocket
 
 from .._counters import counters
 from .._ends.recognise import NotOurs, regular_file, stream_socket
-from .._move.memory import READ_SIZE, buffers, through_memory
+from .._move.memory import buffers, new_buffer, through_memory
 from .._move.move import move, move_inside_kernel
-from .._move.small_file import read_small
+from .._move.small_read import read_small
 from .._move.transfer import Transfer
 
 __implements__ = ["sendfile", "_sendfile_use_sendfile"]
@@ -79,7 +79,7 @@ def _send_small(sock: Any, file: Any, offset: int, count: int | None) -> int | N
         or type(offset) is not int
     ):
         return None
-    buffer = buffers.pop() if buffers else bytearray(READ_SIZE)
+    buffer = buffers.pop() if buffers else new_buffer()
     try:
         position, number = read_small(file, offset or None, count, buffer)
         if not number:

@@ -148,7 +148,7 @@ def test_a_grandchild_has_none_of_its_ancestors_pipes() -> None:
         FORKS["gevent.os.fork"]
         + """
 release(acquire())
-first = inode(lending._local.idle[0])
+first = inode(lending._local.keeper.home.idle[0])
 def child():
     pipe = acquire()
     second = inode(pipe)

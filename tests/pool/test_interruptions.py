@@ -70,7 +70,7 @@ def use():
     pipe = acquire()
     assert pipe.read_fd >= 0
     release(pipe)
-    idle.hand_over(lending._local.idle)  # as when a hub is gone
+    idle.hand_over(lending._local.keeper.home.idle)  # as when a hub is gone
     while idle.shared:
         idle.shared.pop().close()
 

@@ -133,7 +133,7 @@ release(pipe)
 transfer(ends)
 assert gsplice.stats().bytes_spliced == 3 * MiB
 assert gsplice.stats().acquired_new == 1
-lending._local.idle.pop().close()
+lending._local.keeper.home.idle.pop().close()
 while take() > 8192:
     pass
 now = descriptors()
