@@ -113,8 +113,9 @@ def patch_all(
 
     *socket*: ``sendfile`` of gevent's socket class. *shutil*: ``shutil.copyfileobj``, and what the
     functions of shutil that copy whole files call. *pywsgi*: ``wsgi.file_wrapper`` and file
-    responses of ``gevent.pywsgi``, as soon as that is imported. *gunicorn*: responses of its
-    ``gevent`` worker that are a part of a file, as soon as that is imported.
+    responses of ``gevent.pywsgi``, and that all its responses leave at once, as soon as that is
+    imported. *gunicorn*: responses of its ``gevent`` worker that are a part of a file, as soon as
+    that is imported.
 
     Call it at startup, before or after ``gevent.monkey.patch_all()``; calling it again patches only
     what is not patched yet. It creates no hub and no thread. It changes nothing if the kernel or a

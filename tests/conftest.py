@@ -130,6 +130,33 @@ def no_hub_on_a_thread(hubs_of_threads: list[object]) -> Iterator[None]:
     assert hubs_of_threads == []
 
 
+@pytest.fixture(autouse=True, scope="session")
+def dropped_watchers() -> Iterator[list[str]]:
+    """The watchers of libuv that nobody has closed before the last reference went."""
+    dropped: list[str] = []
+
+    def note(self: Any) -> None:
+        if self._watcher is not None and self.loop is not None and self.loop.ptr:
+            dropped.append(repr(self))
+
+    with pytest.MonkeyPatch.context() as patch:
+        if "libuv" in gevent.config.loop.__module__:
+            patch.setattr(gevent.get_hub().loop.WatcherType, "__del__", note, raising=False)
+        yield dropped
+
+
+@pytest.fixture(autouse=True)
+def no_watcher_dropped(dropped_watchers: list[str]) -> Iterator[None]:
+    """No test drops a watcher that is not closed, as a Timeout has one.
+
+    Its memory is used again while libuv still has it in a list, and the process crashes some time
+    later, most often when it forks: uv_loop_fork() walks the list.
+    """
+    dropped_watchers.clear()
+    yield
+    assert dropped_watchers == []
+
+
 @pytest.fixture
 def tcp() -> Iterator[Callable[[], Pair]]:
     """Make connected TCP sockets of gevent's class, closed at the end of the test."""

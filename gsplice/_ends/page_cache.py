@@ -67,6 +67,10 @@ _NOT_KNOWN: Final = -1
 
 _ONE_BYTE: Final = (bytearray(1),)
 
+#: How much farther into its stride the next byte is that we ask for: STRIDE times 0.618, the
+#: fraction by which such steps come back near where they have been as late as possible.
+_TURN: Final = 324_019
+
 #: (descriptor, offset, end) -> up to where, at most *end*, the file is cached from *offset* on.
 _Question = Callable[[int, int, int], int]
 
@@ -240,8 +244,9 @@ def _preadv2(fd: int, offset: int, end: int) -> int:
     """Return up to where one byte in each stride after *offset* is cached.
 
     Returns *offset* if the page READ_AHEAD bytes past *end* isn't cached: what is cached may then
-    only be read-ahead for another reader, and still be loading. Which byte of a stride is chosen
-    at random, so that no client can arrange for the uncached pages to be missed.
+    only be read-ahead for another reader, and still be loading. Which byte of the first stride is
+    chosen at random, and another one of each later stride, so that no client can arrange for the
+    uncached pages to be missed.
     """
     into_stride = int(random.random() * STRIDE)
     try:
@@ -250,6 +255,7 @@ def _preadv2(fd: int, offset: int, end: int) -> int:
             if not os.preadv(fd, _ONE_BYTE, min(offset + into_stride, end - 1), RWF_NOWAIT):
                 break
             offset += STRIDE
+            into_stride = (into_stride + _TURN) % STRIDE
     except OSError:  # EAGAIN: not cached
         pass
     return min(offset, end)

@@ -22,12 +22,14 @@ class Account:
     Methods that wait let out what is thrown into the greenlet, and ECANCELED in a forked child.
     """
 
-    __slots__ = ("_process", "_since_turn", "delivered", "limit")
+    __slots__ = ("_process", "_since_turn", "delivered", "limit", "write_failed")
 
     def __init__(self, limit: int | None = None, delivered: int = 0) -> None:
         #: Bytes delivered, and the most that may be; None: until the source ends.
         self.delivered = delivered
         self.limit = limit
+        #: Whether it ended with an error of sending or writing to the destination.
+        self.write_failed = False
         #: Bytes moved since other greenlets could last run.
         self._since_turn = 0
         self._process = os.getpid()

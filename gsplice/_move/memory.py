@@ -16,8 +16,13 @@ from .transfer import Transfer
 #: Most bytes read at once.
 READ_SIZE: Final = 64 * KiB
 
-#: Buffers of that size; whoever uses one takes it out. A new one costs as much as reading so much.
+#: Free buffers; whoever uses one takes it out. A new one costs as much as reading so much.
 buffers: Final[list[bytearray]] = []
+
+
+def new_buffer() -> bytearray:
+    """Return a buffer with room for READ_SIZE bytes, and one to find out that there are more."""
+    return bytearray(READ_SIZE + 1)
 
 
 def through_memory(transfer: Transfer) -> None:
@@ -26,12 +31,10 @@ def through_memory(transfer: Transfer) -> None:
     On entry neither object has anything buffered. On exit, also by an error, the source's offset is
     after the last byte delivered. Lets out what :func:`read` and :func:`write` do.
     """
-    buffer = buffers.pop() if buffers else bytearray(READ_SIZE)
-    try:
-        while piece_through_memory(transfer, memoryview(buffer)):
-            pass
-    finally:
-        buffers.append(buffer)
+    buffer = buffers.pop() if buffers else new_buffer()
+    while piece_through_memory(transfer, memoryview(buffer)):
+        pass
+    buffers.append(buffer)  # not after an error: a thread may still write from it
 
 
 def piece_through_memory(transfer: Transfer, buffer: memoryview | None = None) -> bool:
@@ -87,6 +90,9 @@ def write(transfer: Transfer, data: bytes | memoryview) -> None:
                 raise
             transfer.wait(dst.wait_write)
             continue
+        except OSError:
+            transfer.write_failed = True
+            raise
         view = view[written:]
         transfer.count_delivered(written, "bytes_copied")
         transfer.give_way()

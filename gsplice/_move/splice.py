@@ -266,6 +266,7 @@ def drain_all(transfer: Transfer, pipe: Pipe) -> bool:
             transfer.wait(transfer.dst.wait_write)
         elif drained < 0:
             if not transfer.dst.can_write_after(drained):
+                transfer.write_failed = True
                 raise error(drained)
             write_out(transfer, pipe)
             return False

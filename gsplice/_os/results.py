@@ -113,6 +113,11 @@ def can_send_after(minus_errno: int) -> bool:
     return -minus_errno not in _DESTINATION_GONE
 
 
+def has_gone(err: OSError) -> bool:
+    """Return whether *err*, of a connection, means that its peer takes no more."""
+    return err.errno in _DESTINATION_GONE and err.errno != errno.EBADF  # our own close
+
+
 def error(minus_errno: int) -> OSError:
     """Return the OSError of that number."""
     return OSError(-minus_errno, os.strerror(-minus_errno))

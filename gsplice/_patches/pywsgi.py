@@ -1,4 +1,5 @@
-"""``wsgi.file_wrapper`` for ``gevent.pywsgi``, and responses that are files, sent by the kernel.
+"""``wsgi.file_wrapper`` for ``gevent.pywsgi``, responses that are files, sent by the kernel, and
+responses of every kind that leave without waiting for the client.
 
 gevent.pywsgi is not imported from here: it imports ssl, which must wait until
 ``gevent.monkey.patch_all()`` has run.
@@ -7,25 +8,37 @@ gevent.pywsgi is not imported from here: it imports ssl, which must wait until
 from __future__ import annotations
 
 import sys
-from socket import IPPROTO_TCP, TCP_NODELAY
+from io import BufferedReader
+from os import SEEK_CUR, SEEK_SET
 from types import SimpleNamespace
 from typing import Any, Final
 
 from .._counters import counters
 from .._ends.recognise import NotOurs, stream_socket
 from .._ends.small import SMALL_FILE
-from .._move.memory import read
+from .._move.memory import buffers, new_buffer, read
 from .._move.move import move
+from .._move.small_read import read_small
 from .._move.transfer import Transfer
-from .._os.linux import AF_UNIX, MSG_MORE
+from .._os.linux import MSG_MORE
+from .pywsgi_sends import (
+    AT_ONCE,
+    JOINED,
+    collect,
+    has_pieces,
+    in_fewer_pieces,
+    is_plain,
+    joins,
+    overrides_a_sender,
+    record,
+    send_at_once,
+    send_some,
+    send_together,
+)
 from .wsgi_results import Part, file_of, find
 
 #: The methods that are replaced.
-NAMES: Final = ["get_environ", "process_result"]
-
-#: Methods through which a handler sends its response. One that overrides any of these has to see
-#: every byte.
-_SENDERS = frozenset({"write", "_write", "_sendall", "_write_with_headers"})
+NAMES: Final = ["get_environ", "process_result", "handle", "_write_with_headers", "_sendall"]
 
 
 class FileWrapper:
@@ -90,6 +103,8 @@ def replacements(handler_class: Any) -> SimpleNamespace:
     def process_result(self: Any) -> None:
         part = find(self.result)
         if part is not None:
+            if _send_small(self, part):
+                return
             try:
                 response = _FileResponse(self, handler_class, part)
             except NotOurs as reason:
@@ -99,17 +114,41 @@ def replacements(handler_class: Any) -> SimpleNamespace:
             else:
                 response.send()
                 return
+        elif has_pieces(self.result) and not self.headers_sent and joins(self):
+            for data in in_fewer_pieces(self.result):
+                self.write(data)
+            self.result = ()  # what is left to do for pywsgi is the end of the response
         originals["process_result"](self)
 
-    for replacement in (get_environ, process_result):
+    def handle(self: Any) -> None:
+        send_at_once(self, handler_class)
+        originals["handle"](self)
+
+    def _write_with_headers(self: Any, data: Any) -> None:
+        if type(data) is bytes and 0 < len(data) <= JOINED and joins(self):
+            write = originals["_write_with_headers"]
+            send_together(self, collect(self, write, self, data))
+        else:
+            originals["_write_with_headers"](self, data)
+
+    def _sendall(self: Any, data: Any) -> None:
+        # gevent's socket.sendall() takes 3 us longer than a send(2) that does not have to wait.
+        sent = 0
+        if type(data) in (bytes, bytearray) and len(data) <= AT_ONCE and is_plain(self):
+            sent = send_some(self, data)
+        if not sent or sent < len(data):
+            originals["_sendall"](self, memoryview(data)[sent:] if sent else data)
+        self.response_length += sent
+
+    replaced = (get_environ, process_result, handle, _write_with_headers, _sendall)
+    for replacement in replaced:
         original = getattr(handler_class, replacement.__name__)
         replacement.__doc__ = original.__doc__
         replacement.__qualname__ = original.__qualname__
     return SimpleNamespace(
         __implements__=NAMES,
         originals=originals,
-        get_environ=get_environ,
-        process_result=process_result,
+        **{replacement.__name__: replacement for replacement in replaced},
     )
 
 
@@ -146,6 +185,56 @@ def _needs_no_body(handler: Any) -> bool:
     return False
 
 
+def _send_small(handler: Any, part: Part) -> bool:
+    """Send a small cached file as if the application had given its bytes; False: nothing was done.
+
+    Without it, a response of 1 KiB takes 50 us longer (benchmarks/servers.py). Lets out what the
+    handler's own write() raises.
+    """
+    file = part.file
+    if (
+        type(file) is not BufferedReader
+        or not handler.status
+        or handler.headers_sent
+        or handler.command == "HEAD"
+        or handler.code < 200
+        or handler.code in (204, 304)
+        or (part.start and part.whence == SEEK_CUR)
+        or b"transfer-encoding" in [name.lower() for name, _ in handler.response_headers]
+    ):
+        return False
+    declared = _declared_length(handler)
+    if declared is None:
+        if handler.provided_content_length is not None or not _is_file_wrapper(handler.result):
+            return False
+    elif declared != _cut(declared, part.length):
+        return False  # the connection will have to be closed
+    count = part.length if declared is None else declared
+    if count is not None and count > SMALL_FILE:
+        return False
+    data, after = _read_small(part, count)
+    if not data or len(data) != (count or len(data)):
+        return False
+    file.seek(after)
+    if declared is None:
+        handler.provided_content_length = str(len(data))
+        handler.response_headers.append((b"Content-Length", b"%d" % len(data)))
+    handler.write(data)
+    counters.add_transfer("bytes_copied", len(data))
+    return True
+
+
+def _read_small(part: Part, count: int | None) -> tuple[bytes, int]:
+    """Return what :func:`read_small` reads of *part*, and the position after it."""
+    offset = part.start if part.whence == SEEK_SET else None
+    buffer = buffers.pop() if buffers else new_buffer()
+    try:
+        position, number = read_small(part.file, offset, count, buffer)
+        return bytes(memoryview(buffer)[:number]), position + number
+    finally:
+        buffers.append(buffer)
+
+
 class _FileResponse:
     """A response whose body is *part* of a plain file.
 
@@ -155,15 +244,7 @@ class _FileResponse:
     __slots__ = ("_declared", "_first", "_handler", "_length", "_transfer")
 
     def __init__(self, handler: Any, handler_class: Any, part: Part) -> None:
-        overridden = any(
-            getattr(type(handler), name) is not getattr(handler_class, name) for name in _SENDERS
-        )
-        if (
-            overridden
-            or not _SENDERS.isdisjoint(handler.__dict__)
-            or not handler.status
-            or handler.headers_sent
-        ):
+        if overrides_a_sender(handler, handler_class) or not handler.status or handler.headers_sent:
             raise NotOurs("response")
         if handler.code < 200 or handler.code in (204, 304):
             raise NotOurs("response")  # none of these may have a body
@@ -241,10 +322,6 @@ class _FileResponse:
     def send(self) -> None:
         """Send headers and body, a small response in one segment.
 
-        Sets ``TCP_NODELAY`` on the connection: without it, the last piece of a file waits for an
-        acknowledgement of those before, and 1 MiB takes half as much CPU time again
-        (benchmarks/servers.py).
-
         On exit the body is sent as far as the file went; if that is short of the declared length,
         the connection will be closed, since the client can't tell otherwise where the next
         response starts. Lets out the errors of sending and reading, after recording those of the
@@ -255,10 +332,8 @@ class _FileResponse:
         transfer = self._transfer
         transfer.limit = 0 if head else self._length
         first = b"" if head else self._first
-        if handler.socket.family != AF_UNIX:
-            handler.socket.setsockopt(IPPROTO_TCP, TCP_NODELAY, 1)
         if first:
-            self._write_together(first)
+            send_together(handler, collect(handler, handler.write, first))
             transfer.count_delivered(len(first), "bytes_copied")
             if transfer.within_limit(1):
                 self._send_rest()
@@ -270,37 +345,17 @@ class _FileResponse:
         if not head and transfer.delivered < self._declared:
             handler.close_connection = True
 
-    def _write_together(self, first: bytes) -> None:
-        """Write headers and *first* with one send.
-
-        Lets out what the handler's own write() raises.
-        """
-        pieces = self._collect(first)
-        self._handler._sendall(b"".join(pieces))
-
-    def _collect(self, first: bytes) -> list[bytes]:
-        """Return the pieces that the handler's own write() would send for headers and *first*."""
-        handler = self._handler
-        pieces: list[bytes] = []
-        handler._sendall = pieces.append
-        try:
-            handler.write(first)
-        finally:
-            del handler._sendall
-        return pieces
-
     def _send_headers(self) -> None:
         """Send the headers so that they are in one segment with the first piece of the body.
 
         If no piece follows, the connection will be closed, which sends them.
         """
         handler = self._handler
-        pieces = self._collect(b"")
-        for piece in pieces:
+        for piece in collect(handler, handler.write, b""):
             try:
                 handler.socket.sendall(piece, MSG_MORE)
             except OSError as err:
-                self._record(err)
+                record(handler, err)
                 raise
             handler.response_length += len(piece)
 
@@ -311,14 +366,7 @@ class _FileResponse:
             move(transfer)
         except OSError as err:
             if not transfer.read_failed:
-                self._record(err)
+                record(self._handler, err)
             raise
         finally:
             handler.response_length += transfer.delivered - before
-
-    def _record(self, err: OSError) -> None:
-        """Record an error of the socket in the handler, as its own sends do."""
-        handler = self._handler
-        handler.status = f"socket error: {err}"
-        if handler.code > 0:
-            handler.code = -handler.code

@@ -2,35 +2,26 @@
 
 from __future__ import annotations
 
-import os
 import socket as stdlib_socket
 import sys
-from io import BufferedReader, FileIO
+from io import BufferedReader
 from socket import SOCK_STREAM
 from typing import Any, Final
 
 from gevent.socket import socket as GeventSocket
 
 from .._counters import counters
-from .._ends.exact_type import overrides_nothing
 from .._ends.recognise import NotOurs, regular_file, stream_socket
-from .._ends.small import SMALL_FILE
-from .._move.memory import READ_SIZE, buffers, through_memory
+from .._move.memory import buffers, new_buffer, through_memory
 from .._move.move import move, move_inside_kernel
+from .._move.small_read import read_small
 from .._move.transfer import Transfer
-from .._os.linux import RWF_NOWAIT
-from ..config import KiB, settings
 
 __implements__ = ["sendfile", "_sendfile_use_sendfile"]
 
 #: What these names referred to before they were patched.
 originals: Final[dict[str, Any]] = {name: getattr(GeventSocket, name) for name in __implements__}
 
-_ONE_BYTE: Final = (bytearray(1),)
-
-#: If a file has more bytes than this, :func:`_send_small` asks whether it is small before it reads
-#: the rest.
-_FIRST_READ: Final = 8 * KiB
 
 _GiveupOnSendfile: type[Exception] = stdlib_socket._GiveupOnSendfile  # type: ignore[attr-defined]
 
@@ -53,8 +44,8 @@ def sendfile(self: Any, file: Any, offset: int = 0, count: int | None = None) ->
 def _send(sock: Any, file: Any, offset: int, count: int | None, sent: int = 0) -> int:
     """Send from *offset* on; *sent* bytes of *count* have been sent already. Return the total."""
     try:
-        dst = stream_socket(sock)
         src = regular_file(file)
+        dst = stream_socket(sock)
         if type(offset) is not int:
             raise NotOurs("arguments")
     except NotOurs as reason:
@@ -76,51 +67,25 @@ def _send(sock: Any, file: Any, offset: int, count: int | None, sent: int = 0) -
 def _send_small(sock: Any, file: Any, offset: int, count: int | None) -> int | None:
     """Send all of a small cached file by a few reads and one send, as fast as gevent's sendfile.
 
-    Returns how many bytes were sent; None if this way does not do, and nothing was sent. Without
-    it, a small file takes two to three times as long, most of that to recognise the two ends
-    (benchmarks/file_to_socket.py). Lets out the errors of send(), with the file's position at the
-    first byte to send, and what :func:`_send` does.
+    Returns how many bytes were sent; None if this way does not do, and nothing was sent. Lets out
+    the errors of send(), with the file's position at the first byte to send, and what :func:`_send`
+    does.
     """
     if (
         type(sock) is not GeventSocket
         or type(file) is not BufferedReader
-        or not RWF_NOWAIT
-        or settings.offload == "always"
-        or (file.__dict__ and not overrides_nothing(file))
         or sock.timeout == 0.0
         or sock._sock.type != SOCK_STREAM
         or type(offset) is not int
-        or not 0 <= offset <= sys.maxsize
-        or not (count is None or (type(count) is int and count > 0))
     ):
         return None
-    raw = file.raw
-    if type(raw) is not FileIO or raw.closed or not overrides_nothing(raw):
-        return None
-    fd = raw.fileno()
-    buffer = buffers.pop() if buffers else bytearray(READ_SIZE)
+    buffer = buffers.pop() if buffers else new_buffer()
     try:
-        try:
-            stands = file.tell()
-            if os.lseek(fd, 0, os.SEEK_CUR) != stands:
-                return None  # something is in its buffer
-            position = offset or stands
-            view = memoryview(buffer)[:count]
-            number = os.preadv(fd, (view[:_FIRST_READ],), position, RWF_NOWAIT)
-            if number == _FIRST_READ != count:
-                if (count is None or count > SMALL_FILE) and os.preadv(
-                    fd, _ONE_BYTE, position + SMALL_FILE, RWF_NOWAIT
-                ):
-                    return None  # it is not small
-                number += os.preadv(fd, (view[number:],), position + number, RWF_NOWAIT)
-            if not number:
-                return None
-            if number != count and os.preadv(fd, _ONE_BYTE, position + number, RWF_NOWAIT):
-                return None  # some of it is not cached
-        except OSError:  # not cached, or the filesystem can't tell
+        position, number = read_small(file, offset or None, count, buffer)
+        if not number:
             return None
         try:
-            sent: int = sock._sock.send(view[:number])
+            sent: int = sock._sock.send(memoryview(buffer)[:number])
         except BlockingIOError:
             return None
         except BaseException:

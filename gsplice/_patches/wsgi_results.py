@@ -7,6 +7,7 @@ wrapper their own file object that ends early. Only exact types are taken, as in
 
 from __future__ import annotations
 
+from io import BufferedReader
 from os import SEEK_CUR, SEEK_SET
 from typing import Any, Final, NamedTuple
 
@@ -62,6 +63,8 @@ def file_of(part: Part) -> File:
 def find(result: object) -> Part | None:
     """Return the part of a file that iterating over *result* would yield; None if unknown."""
     try:
+        if type(result).__name__ not in _NAMES:  # most responses are lists
+            return None
         part = _whole(result)
         if part is None:
             take = _lookup(result, _RANGES)
@@ -82,7 +85,7 @@ def _whole(result: Any) -> Part | None:
     if attribute is None:
         return None
     file = getattr(result, attribute)
-    inner = _lookup(file, _BOUNDED)
+    inner = None if type(file) is BufferedReader else _lookup(file, _BOUNDED)
     return Part(file) if inner is None else Part(getattr(file, inner), length=file.remaining)
 
 
@@ -124,6 +127,10 @@ _RANGES: Final = {
     ("webob.response", "AppIterRange"): _app_iter_range,
     ("werkzeug.wsgi", "_RangeWrapper"): _range_wrapper,
 }
+
+
+#: The names of all these types.
+_NAMES: Final = frozenset(name for _, name in [*_WRAPPERS, *_RANGES])
 
 
 def _lookup(obj: Any, table: Any) -> Any:

@@ -86,6 +86,9 @@ class Spliced(Transfer):
                 sent = send(data)
             except BlockingIOError:
                 sent = 0
+            except OSError:
+                self.write_failed = True
+                raise
             else:
                 self.count_delivered(sent, "bytes_copied")
             if sent < len(data):
@@ -122,7 +125,11 @@ class ThroughMethods(Account):
         while True:
             for begin in range(0, len(data), RECORD):
                 piece = data[begin : begin + RECORD]
-                self._dst.sendall(piece)
+                try:
+                    self._dst.sendall(piece)
+                except OSError:
+                    self.write_failed = True
+                    raise
                 self.check_process()
                 self.count_elsewhere(len(piece))
                 del piece

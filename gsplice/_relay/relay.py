@@ -14,6 +14,7 @@ from .._counters import counters
 from .._ends.recognise import NotOurs, stream_socket
 from .._os.fork import forked_error
 from .._os.hub import hub_to_serve
+from .._os.results import has_gone
 from .direction import Spliced, ThroughMethods
 
 #: How often in an idle timeout the timer checks the counts: it may end late by one such period.
@@ -48,8 +49,14 @@ def relay(
     ``recv``, ``sendall`` and ``shutdown``; a TLS socket is told of the end, by ``unwrap``, when
     both have ended, since it can't be half-closed.
 
-    Whatever is raised under way ends both directions at once, leaves nobody at work on the sockets,
-    and has an attribute ``relayed``: the :class:`RelayResult` so far. It is OSError
+    If one of them takes no more (it has closed or reset its connection, as a server does that
+    refuses an upload before it has read all of it), only the direction to it ends. The other one
+    goes on until it ends or fails, so that what had come already is delivered; then the error of
+    the first is raised. Nobody is told of an end then.
+
+    Whatever else is raised under way ends both directions at once. In either case nobody is left at
+    work on the sockets, and the exception has an attribute ``relayed``: the :class:`RelayResult` so
+    far. It is OSError
     (ConnectionResetError, BrokenPipeError, ...) as the sockets give it, or EBADF if one is closed
     meanwhile; TimeoutError if a wait takes longer than the timeout of the socket that is waited
     for, as in ``recv`` and ``send``, or if neither direction delivers a byte for *idle_timeout*
@@ -127,6 +134,7 @@ class _Both:
         "_caller",
         "_error",
         "_hub",
+        "_send_error",
         "_start",
         "_there",
         "_waiting",
@@ -145,6 +153,8 @@ class _Both:
         self._start: Any = None
         #: The exception that the calling greenlet has to raise.
         self._error: BaseException | None = None
+        #: The error of the direction whose destination takes no more.
+        self._send_error: OSError | None = None
 
     def result(self) -> RelayResult:
         """Return what has been delivered so far."""
@@ -165,10 +175,16 @@ class _Both:
             self._wait_for_back()
             if self._error is not None:
                 raise self._error
+            if self._send_error is not None:
+                raise self._send_error
             self._there.finish()
             self._back.finish()
+        except OSError as err:
+            if self._send_error not in (None, err):
+                raise self._send_error from err
+            raise
         finally:
-            self._caller = self._error = None
+            self._caller = self._error = self._send_error = None
             if self._start is not None:
                 self._start.stop()
             if timer is not None:
@@ -178,9 +194,16 @@ class _Both:
                 self._wait_for_back()
 
     def _forward(self, direction: Spliced | ThroughMethods) -> None:
-        direction.run()
+        try:
+            direction.run()
+        except OSError as err:
+            if not (direction.write_failed and has_gone(err)):
+                raise
+            if self._send_error is None:
+                self._send_error = err
+            return
         # After a reset one direction gets the error, and the other then reads an end of file.
-        if self._error is None and self._caller is not None:
+        if self._error is None and self._send_error is None and self._caller is not None:
             direction.half_close()
 
     def _run_back(self) -> None:

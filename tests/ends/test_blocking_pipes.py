@@ -178,7 +178,7 @@ def test_a_copy_that_is_ended(pipe: BlockingPipe, end: str) -> None:
     if end == "kill":
         copying.kill()
     else:
-        gevent.kill(copying, gevent.Timeout(1))
+        gevent.kill(copying, gevent.Timeout())
         with pytest.raises(gevent.Timeout):
             copying.get(timeout=GUARD)
     assert pipe.src.tell() == 1 + pipe.holds()

