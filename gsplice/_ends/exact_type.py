@@ -14,6 +14,8 @@ from typing import Any, Final, TypeVar
 
 _Entry = TypeVar("_Entry")
 
+_OF_CONTEXTLIB: Final = vars(contextlib)
+
 #: An instance with one of these in its own dictionary may not do what its type does.
 FILE_METHODS: Final = frozenset(
     {
@@ -55,12 +57,13 @@ def methods_unchanged(obj: Any, *methods: str) -> bool:
     module = sys.modules.get(cls.__module__)
     if module is None or not own.keys().isdisjoint(methods):
         return False
-    # A method wrapped by @contextmanager is a function of contextlib.
-    namespaces = vars(module), vars(contextlib)
+    namespace = vars(module)
     for name in methods:
         method = getattr(cls, name, None)
         if method is None or isinstance(method, MethodDescriptorType):
             continue  # this version does not have it; or it is written in C
-        if not any(getattr(method, "__globals__", None) is each for each in namespaces):
+        found = getattr(method, "__globals__", None)
+        # A method wrapped by @contextmanager is a function of contextlib.
+        if found is not namespace and found is not _OF_CONTEXTLIB:
             return False
     return True

@@ -1,18 +1,22 @@
 """Into a file on a disk: a thread writes, and waits for the disk and for nothing else.
 
 If the source is a socket, the thread does both steps, drain and fill, for as long as the socket has
-bytes: handing a job to a thread and getting it back takes 0.3 ms of CPU time.
+bytes, or has more within a millisecond: handing a job to a thread and getting it back takes 0.3 ms
+of CPU time.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from select import POLLIN
 from typing import Any, Final
 
 from gevent.monkey import get_original
 
 from .._ends.end import End
+from .._ends.file import File
+from .._ends.page_cache import BIG_WRITE
 from .._ends.socket import Socket
 from .._ends.stream import unread
 from .._os.results import NOT_NOW, splice
@@ -24,10 +28,16 @@ from ..config import MiB
 from .account import PIECE
 from .transfer import Transfer
 
-#: Most bytes that one job moves from a socket to a file: moving this much takes 3 ms, and handing
+#: Most bytes that one job moves from a socket to a file: moving this much takes 6 ms, and handing
 #: the job to the thread and back 0.3 (benchmarks/download.py).
-DISK_PIECE: Final = 8 * MiB
+DISK_PIECE: Final = 16 * MiB
 
+#: Milliseconds for which a thread waits for more of a brisk sender's bytes, instead of handing the
+#: job back. A sender on the same machine is seldom silent for that long; one that is slow would
+#: keep a thread from others.
+PATIENCE: Final = 1
+
+_new_poll: Callable[[], Any] = get_original("select", "poll")
 _new_lock: Callable[[], Any] = get_original("_thread", "allocate_lock")
 
 
@@ -45,9 +55,9 @@ def write_on_thread(
     Calls ``job(*descriptors of sources, that of the file, position, *args)``, which returns how
     many bytes it wrote; returns that, or minus the errno. On exit the file's position is after
     them. If interrupted while the thread is running, it is after ``promised()`` bytes, because the
-    thread will still write those. Without *promised* the source can be read again, so the position
-    is the old one, although the thread may still write there. Lets out what
-    :meth:`Transfer.on_thread` does.
+    thread will still write those; they are more than *size* if the job has moved the position on
+    itself. Without *promised* the source can be read again, so the position is the old one,
+    although the thread may still write there. Lets out what :meth:`Transfer.on_thread` does.
     """
     dst = transfer.dst
     done: list[int] = []
@@ -78,33 +88,32 @@ def write_on_thread(
             raise
         finally:
             if transfer.began_here():
-                dst.settle_claim(position, size, written)
+                claimed = size if promised is None else promised()
+                dst.settle_claim(position, claimed, written)
     finally:
         if lock is not None and not lock.left_to_thread:
             lock.release()
 
 
 def drain_to_disk(transfer: Transfer, pipe: Pipe) -> int:
-    """Have a thread drain *pipe*, not empty on entry, and whatever the socket, the source, has now.
+    """Have a thread drain *pipe*, not empty on entry, and what the socket, the source, has then.
 
-    While the thread is at work, the file's position is after all of that, and the source counts it
-    as taken. Returns how many bytes were delivered, or minus the errno if none were. On exit
-    ``pipe.pending`` is what the pipe still holds; if that is not 0, the next drain meets the error.
-    Lets out the source's own error, with the pipe empty. If the wait is interrupted, the thread
-    takes nothing more from the socket, but still writes what it has taken; the file's position is
-    after that, and the pipe is left to the thread.
+    While the thread is at work, the file's position is after all that it has taken, and the source
+    counts as taken what it may take. Returns how many bytes were delivered, or minus the errno if
+    none were. On exit ``pipe.pending`` is what the pipe still holds; if that is not 0, the next
+    drain meets the error. Lets out the source's own error, with the pipe empty. If the wait is
+    interrupted, the thread takes nothing more from the socket, but still writes what it has taken;
+    the file's position is after that, and the pipe is left to the thread.
     """
     src = transfer.src
     pending, pipe.pending = pipe.pending, UNKNOWN
     most = max(0, transfer.within_limit(DISK_PIECE) - pending)
-    if most:
-        most = min(most, src.remaining() - src.withheld(), _available(src))
-    sock = _RevocableSocket(src, most)
+    sock = _RevocableSocket(src, transfer.dst, min(most, src.remaining() - src.withheld()))
     src.note_taken(sock.remaining)  # another reader must not count on these bytes
     try:
         written = write_on_thread(
             transfer,
-            pending + sock.remaining,
+            pending,
             (),
             _drain_and_fill,
             pending,
@@ -139,13 +148,14 @@ def _drain_and_fill(
 ) -> int:
     """Drain *pending* bytes, then fill and drain until *sock* gives no more. Runs on a thread.
 
+    On entry the position of the file has been moved from *position* past the *pending* bytes.
     Returns how many bytes it wrote. Lets out an error of the drain only if it wrote none; after
     that, the error is dropped, since the next drain will meet it again.
     """
     written = 0
     while pending:
         try:
-            drained = os.splice(pipe.read_fd, dst_fd, pending, offset_dst=position + written)
+            drained = os.splice(pipe.read_fd, dst_fd, pending, offset_dst=position)
         except OSError:
             if not written:
                 raise
@@ -153,33 +163,78 @@ def _drain_and_fill(
         if not drained:
             break
         written += drained
-        pending = pending - drained or sock.fill(pipe)
+        position += drained
+        pending -= drained
+        if not pending:
+            pending = sock.fill(pipe, dst_fd, drained > BIG_WRITE)
+            if pending:
+                position = sock.position
     return written
 
 
 class _RevocableSocket:
     """A socket from which a thread may take bytes for as long as its greenlet waits."""
 
-    __slots__ = ("_ino", "_lock", "_pid", "_src", "failure", "left_to_thread", "remaining", "taken")
+    __slots__ = (
+        "_dst",
+        "_ino",
+        "_lock",
+        "_pid",
+        "_src",
+        "_there",
+        "failure",
+        "left_to_thread",
+        "position",
+        "remaining",
+        "taken",
+    )
 
-    def __init__(self, src: Socket, most: int) -> None:
+    def __init__(self, src: Socket, dst: File, most: int) -> None:
         self._src = src
+        self._dst = dst
+        #: How many bytes are there already: they are written even if the file is closed meanwhile.
+        self._there = _available(src) if most else 0
         #: How many bytes may still be taken, and how many have been.
         self.remaining, self.taken = most, 0
         #: The socket's error (minus its errno), or 0.
         self.failure = 0
         #: Whether the greenlet has stopped waiting.
         self.left_to_thread = False
+        #: Where in the file the bytes taken last belong.
+        self.position = 0
         self._ino = os.fstat(src.fileno()).st_ino if most else 0
         self._lock = _new_lock()
         self._pid = os.getpid()
 
-    def fill(self, pipe: Pipe) -> int:
+    def fill(self, pipe: Pipe, dst_fd: int, is_brisk: bool) -> int:
         """Splice from the socket into *pipe*, which is empty; return how many bytes.
 
-        Returns 0 if no bytes are ready, the limit is reached, the greenlet stopped waiting, the
-        socket is closed, or splice(2) failed (see :attr:`failure`). Raises nothing.
+        On exit the position of the file *dst_fd* has been moved past them, from :attr:`position`.
+        Waits for PATIENCE if *is_brisk*. Returns 0 if no bytes are ready then, the limit is
+        reached, the greenlet stopped waiting, an end is closed, or splice(2) failed (see
+        :attr:`failure`). Raises nothing.
         """
+        if self.taken >= self._there and self._dst.raw.closed:
+            return 0
+        filled = self._fill_now(pipe, dst_fd)
+        if filled == NOT_NOW and is_brisk and self._wait():
+            filled = self._fill_now(pipe, dst_fd)
+        return max(0, filled)
+
+    def _wait(self) -> bool:
+        """Wait for the socket to be readable, without the lock; return whether it is.
+
+        If it is closed meanwhile, its peer learns of that when this has ended.
+        """
+        poll = _new_poll()
+        try:
+            poll.register(Socket.fileno(self._src), POLLIN)
+            return bool(poll.poll(PATIENCE))
+        except (OSError, ValueError):  # closed
+            return False
+
+    def _fill_now(self, pipe: Pipe, dst_fd: int) -> int:
+        """Do one splice(2) of :meth:`fill`; return as that does, or NOT_NOW."""
         with self._lock:
             if self.left_to_thread or not self.remaining:
                 return 0
@@ -197,9 +252,13 @@ class _RevocableSocket:
                 filled = splice(own.fd, pipe.write_fd, most)
             finally:
                 own.close_now()
+            if filled == NOT_NOW:
+                return NOT_NOW
             if filled < 0:
-                self.failure = 0 if filled == NOT_NOW else filled
+                self.failure = filled
                 return 0
+            # lseek(2) and write(2) lock the position: whoever else writes does so before or after.
+            self.position = os.lseek(dst_fd, filled, os.SEEK_CUR) - filled
             self.remaining -= filled
             self.taken += filled
             return filled
