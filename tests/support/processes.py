@@ -22,12 +22,12 @@ SIZE = 1_000_003
 WSGI = ["pywsgi", "gunicorn-gevent", "gunicorn-gevent_pywsgi"]
 
 
-def command(kind: str, fd: int) -> list[str]:
+def command(kind: str, fd: int, module: str = "apps") -> list[str]:
     if not kind.startswith("gunicorn"):
-        return [sys.executable, str(APPS / "apps.py"), kind, str(fd)]
+        return [sys.executable, str(APPS / f"{module}.py"), kind, str(fd)]
     conf = str(APPS / "gunicorn.conf.py")
     worker, *options = kind.removeprefix("gunicorn-").split()
-    where = ["-b", f"fd://{fd}", "--chdir", str(APPS), "apps:app"]
+    where = ["-b", f"fd://{fd}", "--chdir", str(APPS), f"{module}:app"]
     return [sys.executable, "-m", "gunicorn", "-c", conf, "-k", worker, *options, *where]
 
 
@@ -52,13 +52,13 @@ class Server:
 
 
 @contextlib.contextmanager
-def serving(kind: str, root: Path, patched: bool) -> Iterator[Server]:
+def serving(kind: str, root: Path, patched: bool, module: str = "apps") -> Iterator[Server]:
     environ = os.environ | {"APPS_ROOT": str(root), "APPS_GSPLICE": str(int(patched))}
     environ["PYTHONHASHSEED"] = "0"  # werkzeug lists methods in the order of a set
     with socket.create_server(("127.0.0.1", 0), backlog=64) as listener:
         fd = listener.fileno()
         options = {"env": environ, "pass_fds": [fd], "start_new_session": True}
-        with ended_with(command(kind, fd), **options) as process:
+        with ended_with(command(kind, fd, module), **options) as process:
             try:
                 yield Server(listener.getsockname())
             finally:
