@@ -76,8 +76,8 @@ def _of_wrapped(response: Any, result: Any) -> Any:
     Else *result* itself, if nothing could be gained. Raises NotOurs if it is large, and not taken.
     """
     if (
-        not by_name(type(response), _RESPONSE)
-        or not may_be_wrapped(result, response.response_length)
+        not may_be_wrapped(result, getattr(response, "response_length", None))
+        or not by_name(type(response), _RESPONSE)
         or _omits_body(response)
     ):
         return result

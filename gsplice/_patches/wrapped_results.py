@@ -148,7 +148,7 @@ class Wrapped(NamedTuple):
 
 def may_be_wrapped(result: object, length: int | None) -> bool:
     """Return whether it is worth looking inside *result*, for which *length* is declared."""
-    return length is not None and length > SMALL_FILE and type(result) not in (list, tuple)
+    return type(result) not in (list, tuple) and length is not None and length > SMALL_FILE
 
 
 def look_through(result: object) -> Wrapped | None:
@@ -177,8 +177,10 @@ def _unwrap(obj: Any, wrapped: Wrapped) -> Any:
         if inspect.getgeneratorstate(obj) != inspect.GEN_CREATED:
             return None
         code, frame = obj.gi_code, obj.gi_frame
-        variables: Any = frame and frame.f_locals
         known = _GENERATORS.get(code.co_name)
+        if frame is None or (known is None and code.co_name != "__iter__"):
+            return None
+        variables = frame.f_locals
         if known is not None:
             module, variable, names = known
             function = getattr(sys.modules[module], code.co_name)
@@ -214,11 +216,13 @@ class Pieces:
     ) -> None:
         part = wrapped.part
         src = file_of(part)
-        left = src.remaining() - part.start
-        if part.whence == SEEK_SET:
-            left += src.offset
+        src.remaining()  # sets the offset
+        begin = part.start if part.whence == SEEK_SET else src.offset + part.start
+        left = src.status.st_size - begin
         if length != (left if part.length is None else min(left, part.length)):
             raise NotOurs("response")
+        self._src = src
+        self._begin: int = begin
         self._result = result
         self._wrapped = wrapped
         self._dst = dst
@@ -233,34 +237,30 @@ class Pieces:
         Lets out what iterating over the result does, and errors of sending. One of reading is left
         to the result, which meets it again.
         """
-        begin = self._prepare()
-        first = True
+        self._prepare()
+        waiting = True
         for piece in self._result:
             yield piece
-            if first:
-                first = False
-                self._send_rest(begin + len(piece), self._length - len(piece))
+            if piece and waiting:  # with one that is empty, pywsgi does not send the headers
+                waiting = False
+                self._send_rest(self._begin + len(piece), self._length - len(piece))
 
-    def _prepare(self) -> int:
-        """Make it cheap to get the first piece; return where in the file that begins.
+    def _prepare(self) -> None:
+        """Make it cheap to get the first piece.
 
         What comes before a range is not read, and a thread reads what has to come from a disk.
         """
         part, iterator = self._wrapped.part, self._wrapped.iterator
-        src = file_of(part)
-        src.remaining()  # sets the offset
-        begin: int = part.start if part.whence == SEEK_SET else src.offset + part.start
         if part.start and part.whence == SEEK_CUR:
             part.file.seek(skip_blocks(iterator), SEEK_CUR)
-        transfer = Transfer(src, self._dst)
+        transfer = Transfer(self._src, self._dst)
         try:
-            read(transfer, begin, min(self._length, self._wrapped.piece))
+            read(transfer, self._begin, min(self._length, self._wrapped.piece))
         except OSError:
             if not transfer.read_failed:
                 raise
         finally:
             transfer.close()
-        return begin
 
     def _send_rest(self, begin: int, length: int) -> None:
         """Send *length* bytes of the file, if it stands at *begin*, and tell all around it."""
