@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import resource
 import shutil
 import socket as stdlib_socket
 import subprocess
@@ -42,6 +43,17 @@ def until(condition: Callable[[], Any]) -> None:
     with gevent.Timeout(GUARD):
         while not condition():
             gevent.sleep(0.001)
+
+
+@contextlib.contextmanager
+def file_size_limit(size: int) -> Iterator[None]:
+    """Have no file grow beyond *size*, as if the disk were full then, but with EFBIG."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def threads_done() -> None:
