@@ -60,7 +60,7 @@ def threads_done() -> None:
     """Wait until the threads of this hub have nothing left to do."""
     threads = gevent.get_hub().__dict__.get("_gsplice_threads")
     if threads is not None:
-        until(lambda: not len(threads._pool))
+        until(lambda: not len(threads._workers))
 
 
 def is_waited_for(sock: Any, event: str = "write") -> bool:
