@@ -135,7 +135,7 @@ def replacements(handler_class: Any) -> SimpleNamespace:
         # gevent's socket.sendall() takes 3 us longer than a send(2) that does not have to wait.
         sent = 0
         if type(data) in (bytes, bytearray) and len(data) <= AT_ONCE and is_plain(self):
-            sent = send_some(self, data)
+            sent = send_some(self, self.socket._sock.send, data)
         if not sent or sent < len(data):
             originals["_sendall"](self, memoryview(data)[sent:] if sent else data)
         self.response_length += sent
@@ -347,12 +347,10 @@ class _FileResponse:
         """
         handler = self._handler
         for piece in collect(handler, handler.write, b""):
-            try:
-                handler.socket.sendall(piece, MSG_MORE)
-            except OSError as err:
-                record(handler, err)
-                raise
-            handler.response_length += len(piece)
+            sent = send_some(handler, handler.socket._sock.send, piece, MSG_MORE)
+            handler.response_length += sent
+            if sent < len(piece):
+                handler._sendall(piece[sent:])
 
     def _send_rest(self) -> None:
         handler, transfer = self._handler, self._transfer

@@ -83,10 +83,11 @@ def send_together(handler: Any, pieces: Sequence[bytes]) -> None:
     the pieces had been sent one by one.
     """
     size = sum(map(len, pieces))
+    sock = handler.socket._sock
     if size <= COPIED:
-        sent = send_some(handler, b"".join(pieces))
+        sent = send_some(handler, sock.send, b"".join(pieces))
     else:
-        sent = send_some(handler, pieces, handler.socket._sock.sendmsg)
+        sent = send_some(handler, sock.sendmsg, pieces)
     if sent == size:
         handler.response_length += size
         return
@@ -100,10 +101,10 @@ def send_together(handler: Any, pieces: Sequence[bytes]) -> None:
             sent -= len(piece)
 
 
-def send_some(handler: Any, data: Any, send: Callable[[Any], int] | None = None) -> int:
-    """Return how much of *data* the socket has taken now. Lets out its errors, recorded."""
+def send_some(handler: Any, send: Callable[..., int], *args: Any) -> int:
+    """Return how many bytes ``send(*args)`` has sent now. Lets out its errors, recorded."""
     try:
-        sent: int = (send or handler.socket._sock.send)(data)
+        sent = send(*args)
     except BlockingIOError:
         return 0
     except OSError as err:
