@@ -22,6 +22,7 @@ from gevent.socket import socket as GeventSocket
 
 from ._os.linux import LINUX
 from ._patches import gunicorn as _gunicorn
+from ._patches import http_client as _http_client
 from ._patches import pywsgi as _pywsgi
 from ._patches import shutil_copy, socket_sendfile
 from ._patches.after_import import after_import, forget
@@ -79,6 +80,20 @@ _TABLE: Final = {
         "GeventWorker",
         _gunicorn.replacements,
     ),
+    "http_client": _Row(
+        "http.client.HTTPConnection",
+        _http_client.NAMES,
+        "http.client",
+        "HTTPConnection",
+        _http_client.replacements,
+    ),
+    "urllib3": _Row(
+        "urllib3.HTTPConnection",
+        _http_client.URLLIB3_NAMES,
+        "urllib3.connection",
+        "HTTPConnection",
+        _http_client.urllib3_replacements,
+    ),
 }
 
 #: The rows to be patched when their module is imported.
@@ -107,7 +122,12 @@ class PatchResult:
 
 
 def patch_all(
-    *, socket: bool = True, shutil: bool = True, pywsgi: bool = True, gunicorn: bool = True
+    *,
+    socket: bool = True,
+    shutil: bool = True,
+    pywsgi: bool = True,
+    gunicorn: bool = True,
+    http_client: bool = True,
 ) -> PatchResult:
     """Replace the names that gsplice is faster for; return which, and why not the others.
 
@@ -125,7 +145,14 @@ def patch_all(
     before = tuple(_patched)
     refusal = _refusal()
     not_patched: dict[str, str] = {}
-    asked_for = {"socket": socket, "shutil": shutil, "pywsgi": pywsgi, "gunicorn": gunicorn}
+    asked_for = {
+        "socket": socket,
+        "shutil": shutil,
+        "pywsgi": pywsgi,
+        "gunicorn": gunicorn,
+        "http_client": http_client,
+        "urllib3": http_client,
+    }
     for key, wanted in asked_for.items():
         row = _TABLE[key]
         if key in _patched:
