@@ -49,7 +49,7 @@ def test_a_pipe_comes_from_the_hub_then_from_all_then_from_the_kernel(
 def test_a_pipe_goes_back_to_the_hub_that_acquired_it(limits: Callable[..., None]) -> None:
     pipe = lend()
     in_thread(lambda: release(pipe))
-    assert lending._local.idle == [pipe]
+    assert lending._local.keeper.home.idle == [pipe]
 
 
 def test_a_pipe_whose_hub_is_gone_goes_to_all(limits: Callable[..., None]) -> None:
@@ -59,7 +59,7 @@ def test_a_pipe_whose_hub_is_gone_goes_to_all(limits: Callable[..., None]) -> No
     assert idle.shared == lent
     assert acquire() is lent[0]
     release(lent[0])
-    assert lending._local.idle == lent
+    assert lending._local.keeper.home.idle == lent
 
 
 def test_the_newest_pipe_comes_first(limits: Callable[..., None]) -> None:
@@ -79,7 +79,7 @@ def test_a_released_pipe_goes_to_the_hub_then_to_all_then_away(limits: Callable[
             release(pipe)
     assert [pipe.pending for pipe in lent] == [IDLE, IDLE, IDLE, UNKNOWN]
     assert (grown.pipes_idle, grown.pipes_closed, grown.pipes_in_use) == (3, 1, -4)
-    assert lent[0] in lending._local.idle
+    assert lent[0] in lending._local.keeper.home.idle
     assert lent[1:3] == idle.shared
     assert list(map(is_open, inodes)) == [True, True, True, False]
 
