@@ -144,6 +144,11 @@ def _response_at_sight(fields: dict[str, Any]) -> str | None:
     return None
 
 
+def is_known(cls: type) -> bool:
+    """Return whether objects of this type may be ours."""
+    return _role(cls) is not None
+
+
 def is_socket_writer(cls: type) -> bool:
     """Return whether an object of this type only writes to a socket, of whatever type that is."""
     return cls is SocketIO or _role(cls) is _WRITER

@@ -11,7 +11,7 @@ from typing import Any, Final
 from gevent.socket import socket as GeventSocket
 
 from .._counters import counters
-from .._ends.recognise import NotOurs, regular_file, stream_socket
+from .._ends.recognise import NotOurs, is_known, regular_file, stream_socket
 from .._move.memory import buffers, new_buffer, through_memory
 from .._move.move import move, move_inside_kernel
 from .._move.small_read import read_small
@@ -37,8 +37,15 @@ def sendfile(self: Any, file: Any, offset: int = 0, count: int | None = None) ->
     Raises ValueError and TypeError for arguments as gevent does, OSError and TimeoutError of the
     socket, OSError of the file.
     """
-    sent = _send_small(self, file, offset, count)
-    return _send(self, file, offset, count) if sent is None else sent
+    cls = type(file)
+    if cls is BufferedReader:
+        sent = _send_small(self, file, offset, count)
+        if sent is not None:
+            return sent
+    elif not is_known(cls):
+        counters.fell_back("source_type")
+        return originals["sendfile"](self, file, offset, count)  # type: ignore[no-any-return]
+    return _send(self, file, offset, count)
 
 
 def _send(sock: Any, file: Any, offset: int, count: int | None, sent: int = 0) -> int:
@@ -65,15 +72,14 @@ def _send(sock: Any, file: Any, offset: int, count: int | None, sent: int = 0) -
 
 
 def _send_small(sock: Any, file: Any, offset: int, count: int | None) -> int | None:
-    """Send all of a small cached file by a few reads and one send, as fast as gevent's sendfile.
+    """Send all of *file* by a few reads and one send, as fast as gevent's sendfile.
 
-    Returns how many bytes were sent; None if this way does not do, and nothing was sent. Lets out
-    the errors of send(), with the file's position at the first byte to send, and what :func:`_send`
-    does.
+    On entry *file* is a BufferedReader. Returns how many bytes were sent; None if it is not small,
+    not cached, or not plain, and nothing was sent. Lets out the errors of send(), with the file's
+    position at the first byte to send, and what :func:`_send` does.
     """
     if (
         type(sock) is not GeventSocket
-        or type(file) is not BufferedReader
         or sock.timeout == 0.0
         or sock._sock.type != SOCK_STREAM
         or type(offset) is not int

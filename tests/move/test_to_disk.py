@@ -19,7 +19,7 @@ import gevent
 import gevent.os
 import pytest
 from conftest import counting, some_bytes
-from ends import GUARD, Ends, KiB, MiB, is_waited_for, threads_done, until
+from ends import GUARD, Ends, KiB, MiB, file_size_limit, is_waited_for, threads_done, until
 from gevent import GreenletExit
 from gevent.monkey import get_original
 from slowfs import SlowFS
@@ -221,6 +221,23 @@ def test_an_end_is_closed(slow: SlowFS, tmp_path: Path, closed: str) -> None:
         written = held.written()
         assert written and DATA.startswith(written)
         assert (written == DATA) == (closed == "dst")
+
+
+@pytest.mark.usefixtures("quiet")
+@pytest.mark.parametrize("closed", ["", "sock"])
+def test_the_disk_is_full_and_an_end_is_closed(slow: SlowFS, tmp_path: Path, closed: str) -> None:
+    """What has been written counts, and the error is the disk's, whoever has closed the source."""
+    room = 40 * KiB  # less than what the pipe holds when the thread begins
+    with file_size_limit(room), counting() as grown, Held(tmp_path, slow) as held:
+        if closed:
+            held.sock.close()
+        held.release()
+        with pytest.raises(OSError) as caught:
+            held.moving.get(timeout=GUARD)
+        assert caught.value.errno == errno.EFBIG
+        assert held.dst.tell() == room
+        assert held.written() == DATA[:room]
+    assert grown.bytes_spliced == room
 
 
 def test_the_number_of_a_closed_socket_is_anothers(tmp_path: Path) -> None:

@@ -76,11 +76,11 @@ def test_ended_while_a_thread_reads(
 @pytest.mark.parametrize("way", TO_ANY)
 def test_killed_halfway(slow: SlowFS, tmp_path: Path, name: str, way: str) -> None:
     """The file stands where what was delivered ends."""
-    size = PIECE + 2 * MiB
-    held = held_beyond(PIECE + 1 * MiB, slow, name, tmp_path, way, size)
+    size = 2 * PIECE
+    held = held_beyond(size - MiB, slow, name, tmp_path, way, size)
     with held as (ends, src, dst, finish, moving):
         if way in TO_FILE:
-            until(lambda: os.fstat(dst.fileno()).st_size >= PIECE)
+            until(lambda: os.fstat(dst.fileno()).st_size > PIECE)
         else:
             until(lambda: gsplice.stats().pipes_in_use == 1)
         moving.kill(timeout=GUARD)
