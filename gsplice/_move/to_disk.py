@@ -16,14 +16,13 @@ from gevent.monkey import get_original
 
 from .._ends.end import End
 from .._ends.file import File
-from .._ends.page_cache import BIG_WRITE
 from .._ends.socket import Socket
 from .._ends.stream import unread
 from .._os.results import NOT_NOW, splice
 from .._pool.pipe import UNKNOWN, Pipe
 from .._threads.job import Resource
 from .._threads.threads import threads
-from ..config import MiB
+from ..config import KiB, MiB
 from .account import PIECE
 from .lent_socket import LentSocket
 from .transfer import Transfer
@@ -33,9 +32,10 @@ from .transfer import Transfer
 DISK_PIECE: Final = 16 * MiB
 
 #: Milliseconds for which a thread waits for more of a brisk sender's bytes, instead of handing the
-#: job back. A sender on the same machine is seldom silent for that long; one that is slow would
-#: keep a thread from others.
+#: job back: a sender on the same machine is seldom silent for that long. Brisk is who has sent so
+#: many bytes for each such wait; a slow one would keep the thread from others.
 PATIENCE: Final = 1
+BRISK: Final = 64 * KiB
 
 _new_poll: Callable[[], Any] = get_original("select", "poll")
 
@@ -165,7 +165,7 @@ def _drain_and_fill(
         position += drained
         pending -= drained
         if not pending:
-            pending = sock.fill(pipe, dst_fd, drained > BIG_WRITE)
+            pending = sock.fill(pipe, dst_fd, written)
             if pending:
                 position = sock.position
     return written
@@ -174,7 +174,7 @@ def _drain_and_fill(
 class _RevocableSocket(LentSocket):
     """A socket from which a thread may take bytes for as long as its greenlet waits."""
 
-    __slots__ = ("_dst", "_there", "failure", "position", "remaining", "taken")
+    __slots__ = ("_dst", "_there", "_waits", "failure", "position", "remaining", "taken")
 
     def __init__(self, src: Socket, dst: File, most: int) -> None:
         super().__init__(src)
@@ -183,23 +183,24 @@ class _RevocableSocket(LentSocket):
         self._there = _available(src) if most else 0
         #: How many bytes may still be taken, and how many have been.
         self.remaining, self.taken = most, 0
+        self._waits = 0
         #: The socket's error (minus its errno), or 0.
         self.failure = 0
         #: Where in the file the bytes taken last belong.
         self.position = 0
 
-    def fill(self, pipe: Pipe, dst_fd: int, is_brisk: bool) -> int:
+    def fill(self, pipe: Pipe, dst_fd: int, written: int) -> int:
         """Splice from the socket into *pipe*, which is empty; return how many bytes.
 
         On exit the position of the file *dst_fd* has been moved past them, from :attr:`position`.
-        Waits for PATIENCE if *is_brisk*. Returns 0 if no bytes are ready then, the limit is
-        reached, the greenlet stopped waiting, an end is closed, or splice(2) failed (see
-        :attr:`failure`). Raises nothing.
+        Waits for PATIENCE if the sender is brisk, of whom *written* bytes have been written so far.
+        Returns 0 if no bytes are ready then, the limit is reached, the greenlet stopped waiting, an
+        end is closed, or splice(2) failed (see :attr:`failure`). Raises nothing.
         """
         if self.taken >= self._there and self._dst.raw.closed:
             return 0
         filled = self._fill_now(pipe, dst_fd)
-        if filled == NOT_NOW and is_brisk and self._wait():
+        if filled == NOT_NOW and written > (self._waits + 1) * BRISK and self._wait():
             filled = self._fill_now(pipe, dst_fd)
         return max(0, filled)
 
@@ -208,6 +209,7 @@ class _RevocableSocket(LentSocket):
 
         If it is closed meanwhile, its peer learns of that when this has ended.
         """
+        self._waits += 1
         poll = _new_poll()
         try:
             poll.register(Socket.fileno(self._end), POLLIN)

@@ -27,6 +27,7 @@ from slowfs import SlowFS
 import gsplice
 from gsplice._ends import recognise
 from gsplice._ends.socket import Socket
+from gsplice._move import to_disk
 from gsplice._move.move import move
 from gsplice._move.to_disk import _RevocableSocket
 from gsplice._move.transfer import Transfer
@@ -250,7 +251,7 @@ def test_the_number_of_a_closed_socket_is_anothers(tmp_path: Path) -> None:
         os.dup2(other.fileno(), sock.fileno())
         pipe = gsplice.pipes.acquire()
         assert pipe is not None
-        assert revocable.fill(pipe, -1, True) == revocable.taken == 0
+        assert revocable.fill(pipe, -1, MiB) == revocable.taken == 0
         gsplice.pipes.release(pipe)
         os.dup2(keep, sock.fileno())
         os.close(keep)
@@ -274,7 +275,7 @@ def test_a_thread_leaves_a_closed_body_to_its_greenlet(tmp_path: Path) -> None:
         threads.clear()
         pipe = gsplice.pipes.acquire()
         assert pipe is not None
-        assert revocable.fill(pipe, -1, True) == revocable.taken == 0
+        assert revocable.fill(pipe, -1, MiB) == revocable.taken == 0
         gsplice.pipes.release(pipe)
     assert not threads
 
@@ -305,6 +306,37 @@ def test_it_goes_on_after_a_pause(slow: SlowFS, tmp_path: Path) -> None:
         assert held.moving.get(timeout=GUARD) == len(DATA) + 1000
         assert held.written() == DATA + DATA[:1000]
     assert grown.offloads == 2 + CLOSING
+
+
+def test_the_thread_waits_a_moment_for_a_brisk_sender(
+    slow: SlowFS, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(to_disk, "PATIENCE", GUARD * 1000)
+    with counting() as grown, Held(tmp_path, slow) as held:
+        held.release()
+        for _ in range(2):
+            until(lambda: held_by(held.sock) == 0)
+            held.peer.sendall(DATA)
+        held.peer.shutdown(socket.SHUT_WR)
+        assert held.moving.get(timeout=GUARD) == held.dst.tell() == 3 * len(DATA)
+        assert held.written() == 3 * DATA
+    assert grown.offloads == 1 + CLOSING
+
+
+@pytest.mark.usefixtures("quiet")
+def test_a_thread_that_waits_for_more_takes_none_for_a_greenlet_that_has_gone(
+    slow: SlowFS, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(to_disk, "PATIENCE", GUARD * 1000)
+    with Held(tmp_path, slow) as held:
+        held.release()
+        until(lambda: (slow.directory / held.name).stat().st_size == len(DATA))
+        held.moving.kill(timeout=GUARD)
+        assert held.dst.tell() == len(DATA)
+        held.peer.sendall(b"the next one's")
+        threads_done()
+        assert held.written() == DATA
+        assert held.rest() == b"the next one's"
 
 
 def test_a_fork_while_the_thread_is_at_work(slow: SlowFS, tmp_path: Path) -> None:
