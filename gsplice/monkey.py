@@ -135,7 +135,8 @@ def patch_all(
     functions of shutil that copy whole files call. *pywsgi*: ``wsgi.file_wrapper`` and file
     responses of ``gevent.pywsgi``, and that all its responses leave at once, as soon as that is
     imported. *gunicorn*: responses of its ``gevent`` worker that are a part of a file, as soon as
-    that is imported.
+    that is imported. *http_client*: request bodies that are files, of ``http.client`` and of
+    urllib3, as soon as these are imported.
 
     Call it at startup, before or after ``gevent.monkey.patch_all()``; calling it again patches only
     what is not patched yet. It creates no hub and no thread. It changes nothing if the kernel or a
