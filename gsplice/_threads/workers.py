@@ -1,8 +1,8 @@
 """Native threads that work for one hub.
 
 Not ``gevent.threadpool.ThreadPool``, which makes a watcher for each job and hands jobs over through
-a queue written in Python: with that, sending a cold file of 64 KiB took 100 us more CPU time under
-libev, and 250 under libuv.
+a queue written in Python. An empty job and back took 34 us of CPU time with that and takes 20 now,
+under libuv 120 and 51.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Workers:
         self._alive: list[None] = []
         self._done: deque[tuple[Then, Any, BaseException | None]] = deque()
         self._unfinished = 0
-        #: With one watcher for each job, libuv took twice as long for a job.
+        #: One watcher for all jobs: the threads wake the hub with it.
         self._watcher = hub.loop.async_(ref=False)
         self._watcher.start(self._hand_back)
 
