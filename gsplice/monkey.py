@@ -96,6 +96,9 @@ _TABLE: Final = {
     ),
 }
 
+#: The arguments of :func:`patch_all`.
+SWITCHES: Final = ("socket", "shutil", "pywsgi", "gunicorn", "http_client")
+
 #: The rows to be patched when their module is imported.
 _awaited: Final[set[str]] = set()
 
