@@ -21,7 +21,7 @@ from .config import settings
 from .metrics import REASONS
 from .monkey import NOT_ASKED_FOR, decided, is_for_later, patch_all, state
 
-_UNITS: Final = ("bytes", "KiB", "MiB", "GiB", "TiB")
+_UNITS: Final = ("B", "KiB", "MiB", "GiB", "TiB")
 
 
 def switch_on() -> None:
@@ -144,9 +144,9 @@ def counters_line(figures: Stats) -> str:
         "by reading and writing": figures.bytes_copied,
     }
     moved = ", ".join(f"{_amount(number)} {way}" for way, number in ways.items() if number)
-    parts = [f"{figures.transfers} transfers" + (f" ({moved})" if moved else "")]
+    parts = [f"transfers: {figures.transfers}" + (f" ({moved})" if moved else "")]
     if figures.offloads:
-        parts.append(f"{figures.offloads} disk waits on threads")
+        parts.append(f"disk waits on threads: {figures.offloads}")
     most_first = sorted(figures.fallbacks.items(), key=lambda each: (-each[1], each[0]))
     left = (f"{count} {reason} ({REASONS.get(reason, '?')})" for reason, count in most_first)
     parts.append(f"not taken, or not to the end: {', '.join(left) or 'none'}")
