@@ -24,6 +24,7 @@ from _gsplice_after_import import after_import, forget
 
 from ._os.linux import LINUX
 from ._patches import gunicorn as _gunicorn
+from ._patches import http_client as _http_client
 from ._patches import pywsgi as _pywsgi
 from ._patches import shutil_copy, socket_sendfile
 
@@ -80,6 +81,20 @@ _TABLE: Final = {
         "GeventWorker",
         _gunicorn.replacements,
     ),
+    "http_client": _Row(
+        "http.client.HTTPConnection",
+        _http_client.NAMES,
+        "http.client",
+        "HTTPConnection",
+        _http_client.replacements,
+    ),
+    "urllib3": _Row(
+        "urllib3.HTTPConnection",
+        _http_client.URLLIB3_NAMES,
+        "urllib3.connection",
+        "HTTPConnection",
+        _http_client.urllib3_replacements,
+    ),
 }
 
 #: The reason for "not patched" of what nobody wants patched.
@@ -114,7 +129,12 @@ class PatchResult:
 
 
 def patch_all(
-    *, socket: bool = True, shutil: bool = True, pywsgi: bool = True, gunicorn: bool = True
+    *,
+    socket: bool = True,
+    shutil: bool = True,
+    pywsgi: bool = True,
+    gunicorn: bool = True,
+    http_client: bool = True,
 ) -> PatchResult:
     """Replace the names that gsplice is faster for; return which, and why not the others.
 
@@ -122,7 +142,8 @@ def patch_all(
     functions of shutil that copy whole files call. *pywsgi*: ``wsgi.file_wrapper`` and file
     responses of ``gevent.pywsgi``, and that all its responses leave at once, as soon as that is
     imported. *gunicorn*: responses of its ``gevent`` worker that are a part of a file, as soon as
-    that is imported.
+    that is imported. *http_client*: request bodies that are files, of ``http.client`` and of
+    urllib3, as soon as these are imported.
 
     Call it at startup, before or after ``gevent.monkey.patch_all()``; calling it again patches only
     what is not patched yet. It creates no hub and no thread. It changes nothing if the kernel or a
@@ -134,7 +155,14 @@ def patch_all(
     before = tuple(_patched)
     refusal = _refusal()
     not_patched: dict[str, str] = {}
-    asked_for = {"socket": socket, "shutil": shutil, "pywsgi": pywsgi, "gunicorn": gunicorn}
+    asked_for = {
+        "socket": socket,
+        "shutil": shutil,
+        "pywsgi": pywsgi,
+        "gunicorn": gunicorn,
+        "http_client": http_client,
+        "urllib3": http_client,
+    }
     for key, wanted in asked_for.items():
         row = _TABLE[key]
         if key in _patched:

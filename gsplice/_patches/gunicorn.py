@@ -54,8 +54,12 @@ class _Application:
 
     def __call__(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Any:
         result = self._app(environ, start_response)
-        part = find(result) if is_object_patched(self._owner, "handle_request") else None
-        if part is None or (part.length is None and by_name(type(result), _WRAPPER)):
+        part = find(result)
+        if (
+            part is None
+            or (part.length is None and by_name(type(result), _WRAPPER))
+            or not is_object_patched(self._owner, "handle_request")
+        ):
             return result
         try:
             return _FilePart(getattr(start_response, "__self__", None), part, result)
