@@ -125,14 +125,13 @@ def what_is_patched() -> tuple[str, bool]:
 
 def _in_short(names: tuple[str, ...]) -> list[str]:
     """Return the public functions of modules among *names*, and the classes of the methods."""
-    short = {}
-    for name in names:
-        owner, _, last = name.rpartition(".")
-        if "." in owner:
-            short[owner] = None
-        elif not last.startswith("_"):
-            short[name] = None
-    return [*short]
+    parts = [(name, *name.rpartition(".")) for name in names]
+    short = [
+        owner if "." in owner else name
+        for name, owner, _, last in parts
+        if "." in owner or not last.startswith("_")
+    ]
+    return [*dict.fromkeys(short)]
 
 
 def counters_line(figures: Stats) -> str:

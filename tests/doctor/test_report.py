@@ -148,7 +148,7 @@ def test_pywsgi_tells_why_something_is_not_taken(tmp_path: Path) -> None:
     command = ["-c", PYWSGI, "FD"]
     environ = {"GSPLICE_PATCH_ALL": "1", "GSPLICE_REPORT": "0.2"}
     with serving(tmp_path, command, **environ) as server:
-        assert server.line_with(PATCHED) == f"{PATCHED}, pywsgi.WSGIHandler"
+        assert server.line_with(PATCHED).startswith(f"{PATCHED}, pywsgi.WSGIHandler")
         server.ask("/other")
         server.line_with("transfers: 0; not taken, or not to the end: 1 source_type (the source is")
         server.ask("/")
@@ -234,8 +234,8 @@ server.stop()
 @pytest.mark.parametrize(
     ("before", "log", "said"),
     [
-        ("", "logging.getLogger('mine')", f"INFO {PATCHED}, pywsgi.WSGIHandler\n"),
-        ("", "sys.stdout", f"{PATCHED}, pywsgi.WSGIHandler\n"),
+        ("", "logging.getLogger('mine')", f"INFO {PATCHED}, pywsgi.WSGIHandler"),
+        ("", "sys.stdout", f"{PATCHED}, pywsgi.WSGIHandler"),
         ("", "None", ""),
         ("file = open('/dev/null', 'w'); file.close()", "file", ""),
         ("import io; file = io.StringIO(); file.close()", "file", ""),
@@ -243,8 +243,10 @@ server.stop()
 )
 def test_the_line_is_on_the_log_of_the_server(before: str, log: str, said: str) -> None:
     program = LOGS.format(before, log)
-    lines = run_program(program, GSPLICE_PATCH_ALL="1").splitlines(keepends=True)
-    assert [line for line in lines if "not patched" not in line] == ([said] if said else [])
+    lines = run_program(program, GSPLICE_PATCH_ALL="1").splitlines()
+    lines = [line for line in lines if "not patched" not in line]  # it is the logger gsplice's
+    assert len(lines) == bool(said)
+    assert all(line.startswith(said) for line in lines)
 
 
 def test_one_line_for_several_servers() -> None:

@@ -35,7 +35,8 @@ body = gevent.spawn(ask, server.address).get()
 server.stop()
 gsplice = sys.modules.get("gsplice")
 stats = gsplice.stats().as_dict() if gsplice else None
-print(json.dumps({"body": f"{len(body)} bytes {hashlib.sha256(body).hexdigest()[:12]}", "stats": stats}))
+short = f"{len(body)} bytes {hashlib.sha256(body).hexdigest()[:12]}"
+print(json.dumps({"body": short, "stats": stats}))
 """
 
 PYWSGI = """
@@ -122,7 +123,9 @@ def test_what_the_program_decides_counts_more(name: str, tmp_path: Path) -> None
     told = run(LEFT[name], served, "1")
     assert told["body"] == digest(served.read_bytes())
     assert told["stats"] is None or told["stats"]["transfers"] == 0
-    assert (told["stats"] is None) == ("gsplice;" not in LEFT[name] and "settings" not in LEFT[name])
+    assert (told["stats"] is None) == (
+        "gsplice;" not in LEFT[name] and "settings" not in LEFT[name]
+    )
 
 
 def test_only_what_the_program_imports_is_imported_before_a_server_starts() -> None:
