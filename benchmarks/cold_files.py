@@ -119,7 +119,11 @@ def main() -> None:
             ratio = found[ours].elapsed / base.elapsed
             if connections == 1:
                 report.hold_to(
-                    f"cold files, {at_once}: time/pywsgi", ratio, most=1.05, cause=REQUEST
+                    f"cold files, {at_once}: time/pywsgi",
+                    ratio,
+                    most=1.05,
+                    cause=REQUEST,
+                    cost=True,
                 )
             else:
                 speed = 1 / ratio

@@ -81,6 +81,7 @@ def downloads(report: Report, url: str, path: Path, rounds: int) -> None:
             ratio,
             most=most,
             cause=COPIED if size > SMALL_BODY else RECOGNISED,
+            cost=size <= SMALL_BODY,
         )
         per_gib = [sample.cpu * GiB / size for sample in (stock, ours)]
         for name, cost in zip(series, per_gib, strict=True):

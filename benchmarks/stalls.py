@@ -419,7 +419,9 @@ def price(
     report.figures[f"{title}: jobs"] = jobs
     for clock in Sample._fields:
         ratio = getattr(auto, clock) / getattr(never, clock)
-        report.hold_to(f"warm file on {kind}: {clock}, auto/never", ratio, most=most, cause=cause)
+        report.hold_to(
+            f"warm file on {kind}: {clock}, auto/never", ratio, most=most, cause=cause, cost=True
+        )
 
 
 if __name__ == "__main__":

@@ -100,6 +100,9 @@ _TABLE: Final = {
 #: The reason for "not patched" of what nobody wants patched.
 NOT_ASKED_FOR: Final = "not asked for"
 
+#: The arguments of :func:`patch_all`.
+SWITCHES: Final = ("socket", "shutil", "pywsgi", "gunicorn", "http_client")
+
 #: The rows to be patched when their module is imported.
 _awaited: Final[set[str]] = set()
 

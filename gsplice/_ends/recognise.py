@@ -29,7 +29,7 @@ from .end import End
 from .exact_type import FILE_METHODS, by_name, overrides_nothing
 from .file import File
 from .pipe import CallersPipe
-from .request_body import INPUTS, GunicornBody, LimitedBody, PywsgiBody
+from .request_body import INPUTS, GunicornBody, RequestBody
 from .response_body import body_of, response_behind
 from .small import SMALL_BODY
 from .socket import Socket
@@ -240,7 +240,7 @@ def _response(obj: Any) -> Body:
     return body_of(obj, response, end)
 
 
-def _request(obj: Any, kind: type[PywsgiBody | GunicornBody | LimitedBody]) -> Body:
+def _request(obj: Any, kind: type[RequestBody]) -> Body:
     """Return the body of a request, of which *obj* is the ``wsgi.input``. Raises NotOurs."""
     behind = kind.inner_of(obj)
     if behind is None:
