@@ -20,12 +20,13 @@ from typing import Any, Final, NamedTuple
 import gevent.monkey
 from gevent.socket import socket as GeventSocket
 
+from _gsplice_after_import import after_import, forget
+
 from ._os.linux import LINUX
 from ._patches import gunicorn as _gunicorn
 from ._patches import http_client as _http_client
 from ._patches import pywsgi as _pywsgi
 from ._patches import shutil_copy, socket_sendfile
-from ._patches.after_import import after_import, forget
 
 # Importing logging costs nothing: gevent.monkey has done it.
 _log: Final = logging.getLogger("gsplice")
@@ -96,6 +97,9 @@ _TABLE: Final = {
     ),
 }
 
+#: The reason for "not patched" of what nobody wants patched.
+NOT_ASKED_FOR: Final = "not asked for"
+
 #: The arguments of :func:`patch_all`.
 SWITCHES: Final = ("socket", "shutil", "pywsgi", "gunicorn", "http_client")
 
@@ -104,6 +108,9 @@ _awaited: Final[set[str]] = set()
 
 #: The rows that are patched, each with the module that was given to gevent.
 _patched: Final[dict[str, ModuleType]] = {}
+
+#: Whether anybody has called patch_all() or unpatch_all().
+_called = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,6 +153,8 @@ def patch_all(
     sandbox refuses splice(2), or if this is not Linux. Raises nothing of its own. If it has changed
     anything, or splice(2) is refused, it logs the result (logger ``gsplice``, INFO).
     """
+    global _called
+    _called = True
     before = tuple(_patched)
     refusal = _refusal()
     not_patched: dict[str, str] = {}
@@ -162,18 +171,40 @@ def patch_all(
         if key in _patched:
             reason = None
         elif not wanted:
-            reason = row.awaited() if key in _awaited else "not asked for"
+            reason = row.awaited() if key in _awaited else NOT_ASKED_FOR
         elif refusal is not None:
             reason = refusal
         else:
             reason = _patch(key)
         if reason is not None:
             not_patched.update(dict.fromkeys(row.labels(), reason))
-    patched = tuple(label for key in _patched for label in _TABLE[key].labels())
-    result = PatchResult(patched, MappingProxyType(not_patched))
+    result = _result(not_patched)
     if refusal is not None or before != tuple(_patched):
         _log.info("%s", result)
     return result
+
+
+def decided() -> bool:
+    """Return whether the program has called :func:`patch_all` or :func:`unpatch_all`."""
+    return _called
+
+
+def state() -> PatchResult:
+    """Return what is patched now, and why not the others; change nothing."""
+    refusal = _refusal()
+    return _result(
+        {
+            label: row.awaited() if key in _awaited else refusal or NOT_ASKED_FOR
+            for key, row in _TABLE.items()
+            if key not in _patched
+            for label in row.labels()
+        }
+    )
+
+
+def _result(not_patched: dict[str, str]) -> PatchResult:
+    patched = tuple(label for key in _patched for label in _TABLE[key].labels())
+    return PatchResult(patched, MappingProxyType(not_patched))
 
 
 def is_for_later(reason: str) -> bool:
@@ -186,6 +217,8 @@ def unpatch_all() -> None:
 
     Also a name that somebody else has wrapped since.
     """
+    global _called
+    _called = True
     for key in _awaited:
         forget(_TABLE[key].module)
     _awaited.clear()

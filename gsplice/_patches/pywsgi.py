@@ -179,13 +179,18 @@ def _declared_length(handler: Any) -> int | None:
 
 
 def _needs_no_body(handler: Any) -> bool:
-    """Return True for HEAD, with the headers sent; else limit a wrapper to the declared length."""
+    """Return True for HEAD, with the headers sent; else limit a wrapper to the declared length.
+
+    Lets out what reading raises, also for HEAD: a file that can't be read is an error for pywsgi.
+    """
     declared = _declared_length(handler)
     if handler.headers_sent:
         handler.close_connection = True  # we don't know how much of the length has been sent
     elif declared is not None and type(handler.result) is FileWrapper:
         handler.result.stop_after(declared)
     if handler.command == "HEAD" and handler.status:
+        for _ in handler.result:
+            break
         if not handler.headers_sent:
             handler.write(b"")
         return True  # neither a body nor the last chunk of one

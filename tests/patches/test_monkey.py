@@ -394,8 +394,9 @@ def test_settings_come_from_the_environment() -> None:
             GSPLICE_PIPE_SIZE="65536",
             GSPLICE_MAX_PIPES="7",
             GSPLICE_PATCH_ALL="yes",
+            GSPLICE_REPORT="0.5",
         )
-        == "65536 7 16 64 auto 8 True\n"
+        == "65536 7 16 64 auto 8 True 0.5\n"
     )
 
 
@@ -407,8 +408,9 @@ DEFAULTS = {
     "offload": "auto",
     "threads": 8,
     "patch_all": False,
+    "report": 0.0,
 }
-NUMBERS = sorted({*DEFAULTS} - {"offload", "patch_all"})
+NUMBERS = sorted({*DEFAULTS} - {"offload", "patch_all", "report"})
 NONSENSE = ["abc", "-1", "1e3", "1.5", "0x10", "5 6", "999999999999999999999", "9" * 5000]
 
 
@@ -422,6 +424,9 @@ NONSENSE = ["abc", "-1", "1e3", "1.5", "0x10", "5 6", "999999999999999999999", "
         ("offload", " never ", "never"),
         ("patch_all", " YES ", True),
         ("patch_all", "0", False),
+        ("report", " 60 ", 60.0),
+        ("report", "0", 0.0),
+        ("report", "1.5", 1.5),
     ],
 )
 def test_a_variable_that_makes_sense(name: str, value: str, expected: object) -> None:
@@ -436,7 +441,8 @@ def test_a_variable_that_makes_sense(name: str, value: str, expected: object) ->
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        *((name, value) for name in DEFAULTS for value in NONSENSE),
+        *((name, value) for name in DEFAULTS if name != "report" for value in NONSENSE),
+        *(("report", value) for value in ("abc", "-1", "5 6", "1e99", "inf", "nan")),
         ("threads", "0"),
         ("offload", "AUTO!"),
         ("patch_all", "2"),
