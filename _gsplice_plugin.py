@@ -14,6 +14,9 @@ import warnings
 from gevent._config import validate_bool
 from gevent.events import GeventDidPatchBuiltinModulesEvent
 
+#: Whether gevent.monkey.patch_all() has been called with gsplice=False, the last time.
+overruled = False
+
 
 def did_patch_builtins(event: GeventDidPatchBuiltinModulesEvent) -> None:
     """Call ``gsplice.patch_all()`` if that is wanted.
@@ -24,11 +27,15 @@ def did_patch_builtins(event: GeventDidPatchBuiltinModulesEvent) -> None:
     if nothing can be patched, since nobody sees the result. Where Python raises its warnings, they
     go to whoever called ``gevent.monkey.patch_all()``.
     """
+    global overruled
     wanted = event.patch_all_kwargs.get("gsplice")
+    overruled = wanted is not None and not wanted
     if not (_setting() if wanted is None else wanted):
         return
+    import _gsplice_start
     import gsplice
 
+    _gsplice_start.begin()  # where Python has not read gsplice.pth
     result = gsplice.patch_all()
     if not result:
         warnings.warn(f"gsplice patched nothing: {result}", RuntimeWarning, stacklevel=2)

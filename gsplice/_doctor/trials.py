@@ -90,7 +90,7 @@ def send_file(fd: int) -> None:
 
 def move_file(fd: int) -> None:
     """Move the first page of a file both ways, if it is one that gsplice would move at all."""
-    refuse_uncached(fd)
+    refuse_uncached(fd, os.fstat(fd).st_dev)
     splice_file(fd)
     send_file(fd)
 

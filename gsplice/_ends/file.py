@@ -15,7 +15,7 @@ from .small import SMALL_FILE
 class File:
     """A regular file. It is read at :attr:`offset`, and written at the descriptor's position."""
 
-    __slots__ = ("cache", "is_sink", "obj", "offset", "raw", "status")
+    __slots__ = ("cache", "is_sink", "may_be_cached", "obj", "offset", "raw", "status")
 
     #: Whether bytes that were taken and not delivered can be read again.
     rereadable: ClassVar[bool] = True
@@ -30,6 +30,8 @@ class File:
         #: From fstat(2), when the file was handed in.
         self.status = status
         self.cache = Residency(status)
+        #: Whether it is known that splice(2) gives what a read would: see refuse_uncached().
+        self.may_be_cached = False
 
     def fileno(self) -> int:
         """Return the descriptor. Raises the object's own error if the file has been closed."""

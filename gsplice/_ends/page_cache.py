@@ -43,6 +43,14 @@ COLD_STRETCH: Final = 4 * MiB
 BELIEVED: Final = 1.0
 TYPE_BELIEVED: Final = 1.0
 
+#: A small file that was missed is looked for again for so many seconds, and so many times at least,
+#: before a thread waits for it; on a disk that took longer, not for the next SLOW seconds. A fast
+#: disk takes 0.1 ms. A thread and back takes as long, and as much CPU time
+#: (benchmarks/cold_files.py).
+SOON: Final = 0.0005
+LEAST_LOOKS: Final = 8
+SLOW: Final = 0.1
+
 #: A thread writes pieces larger than this to a disk. When too many pages are dirty, the kernel has
 #: a writer wait for up to 200 ms; it checks once in 128 KiB or so (balance_dirty_pages()).
 BIG_WRITE: Final = 64 * KiB
@@ -64,6 +72,9 @@ _FUSE: Final = 0x65735546
 #: For each device the type of its filesystem (None: statfs(2) failed), and when that was asked.
 _types: Final[dict[int, tuple[int | None, float]]] = {}
 _NOT_KNOWN: Final = -1
+
+#: For each device until when its disk counts as slow.
+_slow_until: Final[dict[int, float]] = {}
 
 _ONE_BYTE: Final = (bytearray(1),)
 
@@ -147,9 +158,25 @@ class Residency:
         No bytes: the file ends there. The result may be part of *buffer*, which must be that large.
         Lets out the errors of pread(2).
         """
+        asked_before = self._ask is not None
         if self._question(fd, offset) is _preadv2:
+            if not asked_before and offset < self._cold_until:
+                return None  # it has just been missed
             return read_resident(fd, offset, size, buffer)
         return os.pread(fd, size, offset) if self.cached(fd, offset, size) == size else None
+
+    def is_loading(self) -> bool:
+        """Return whether what :meth:`read` has just missed may be there soon.
+
+        To ask whether a page is cached has started read-ahead.
+        """
+        if self._ask is not _preadv2:
+            return False
+        return _slow_until.get(self._status.st_dev, 0.0) <= time.monotonic()
+
+    def note_slow(self) -> None:
+        """Note that what was loading has not come in time."""
+        _slow_until[self._status.st_dev] = time.monotonic() + SLOW
 
     def write_may_wait(self, size: int) -> bool:
         """Return whether writing *size* bytes may wait for a disk or a server."""
@@ -204,15 +231,16 @@ def answered_by(fd: int) -> str:
     return "nobody" if question is None else names.get(question, "nobody")
 
 
-def refuse_uncached(fd: int) -> None:
+def refuse_uncached(fd: int, device: int) -> None:
     """Raise OSError (EOPNOTSUPP) for a file of which splice(2) could give outdated pages.
 
     A FUSE filesystem may demand that every read reaches it (``direct_io``), but splice(2) takes
     cached pages all the same. mmap(2) refuses such a file. May wait, so call it on a thread.
     """
-    if filesystem_type(fd) != _FUSE:
-        return
-    if not can_be_mapped(fd):
+    filesystem = _filesystem(device)
+    if filesystem == _NOT_KNOWN:
+        filesystem = filesystem_type(fd)
+    if filesystem == _FUSE and not can_be_mapped(fd):
         raise OSError(errno.EOPNOTSUPP, "the file must not be cached")
 
 

@@ -1,7 +1,7 @@
 """The body of a request as an end: the ``wsgi.input`` of gevent.pywsgi and of gunicorn.
 
-Also inside the stream that werkzeug, and so Flask, puts around it. Bodies without a known length
-(chunked, or up to the end of the connection) are left to the original functions.
+Also inside what frameworks put around it (:mod:`gsplice._ends.framework_body`). Bodies without a
+known length (chunked, or up to the end of the connection) are left to the original functions.
 """
 
 from __future__ import annotations
@@ -14,6 +14,13 @@ from typing import Any, Final, NoReturn
 from .._os.results import error
 from .body import Body
 from .exact_type import methods_unchanged
+from .framework_body import (
+    AroundBody,
+    DjangoRequest,
+    DjangoStream,
+    FalconStream,
+    WerkzeugStream,
+)
 from .socket import Socket
 
 
@@ -129,95 +136,16 @@ class GunicornBody(Body):
             raise
 
 
-class LimitedBody(Body):
-    """What remains of a ``werkzeug.wsgi.LimitedStream`` around one of the others.
-
-    It turns the errors of a client that has gone into its own.
-    """
-
-    __slots__ = ("_inner", "_stream")
-
-    #: The kind of end that the object must read from.
-    inner_type: type[Socket] = Body
-
-    def __init__(self, inner: Any, obj: Any) -> None:
-        super().__init__(inner.obj, inner.raw, inner.sock)
-        self._inner: Body = inner
-        self._stream = obj
-
-    @staticmethod
-    def declared(obj: Any) -> int | None:
-        """Return how many bytes *obj* says that remain at the most."""
-        return obj.limit - obj._pos  # type: ignore[no-any-return]
-
-    @staticmethod
-    def inner_of(obj: Any) -> Any | None:
-        """Return what *obj* reads from; None if a method was replaced, or it is closed."""
-        methods = ("read", "readinto", "on_exhausted", "on_disconnect")
-        plain = methods_unchanged(obj, *methods) and not obj.closed
-        return obj._stream if plain else None
-
-    def remaining(self) -> int:
-        """Return how many bytes remain of the inner body, up to the stream's own limit."""
-        own: int = self._stream.limit - self._stream._pos
-        return min(self._inner.remaining(), own)
-
-    def withheld(self) -> int:
-        """Return what the inner body does."""
-        return self._inner.withheld()
-
-    def read_withheld(self) -> bytes:
-        """Read the last byte through both objects."""
-        return self._stream.read(1)  # type: ignore[no-any-return]
-
-    def note_taken(self, number: int) -> None:
-        """Count as ``read()`` does, in both objects."""
-        self._inner.note_taken(number)
-        self._stream._pos += number
-
-    def take_buffered(self, most: int | None) -> bytes:
-        """Take at most *most* buffered bytes of the inner body. Raises the stream's errors."""
-        remaining = self.remaining()
-        with self._errors():
-            data = self._inner.take_buffered(remaining if most is None else min(remaining, most))
-        self._stream._pos += len(data)
-        return data
-
-    def fileno(self) -> int:
-        """Return the inner body's descriptor. Raises the stream's errors."""
-        with self._errors():
-            return self._inner.fileno()
-
-    def wait_read(self) -> None:
-        """Wait as recv() would."""
-        with self._errors():
-            self._inner.wait_read()
-
-    def raise_read_error(self, minus_errno: int) -> NoReturn:
-        """Raise the stream's error for that error of the socket."""
-        with self._errors():
-            self._inner.raise_read_error(minus_errno)
-        raise AssertionError  # not reached: on_disconnect() always raises
-
-    def leave_source(self) -> None:
-        """Do what the inner body does. Raises the stream's errors."""
-        with self._errors():
-            self._inner.leave_source()
-
-    @contextlib.contextmanager
-    def _errors(self) -> Iterator[None]:
-        try:
-            yield
-        except (OSError, ValueError) as err:
-            self._stream.on_disconnect(error=err)
-            raise AssertionError from err  # not reached: on_disconnect() always raises
-
+RequestBody = PywsgiBody | GunicornBody | AroundBody
 
 #: The types of these objects, by module and name, and the class of the end for each.
-INPUTS: Final[dict[tuple[str, str], type[PywsgiBody | GunicornBody | LimitedBody]]] = {
+INPUTS: Final[dict[tuple[str, str], type[RequestBody]]] = {
     ("gevent.pywsgi", "Input"): PywsgiBody,
     ("gunicorn.http.body", "Body"): GunicornBody,
-    ("werkzeug.wsgi", "LimitedStream"): LimitedBody,
+    ("werkzeug.wsgi", "LimitedStream"): WerkzeugStream,
+    ("falcon.stream", "BoundedStream"): FalconStream,
+    ("django.core.handlers.wsgi", "LimitedStream"): DjangoStream,
+    ("django.core.handlers.wsgi", "WSGIRequest"): DjangoRequest,
 }
 
 

@@ -73,14 +73,22 @@ def _by_splice(transfer: Transfer, asked: int) -> int:
     try:
         pipe.pending = UNKNOWN
         return write_on_thread(
-            transfer, asked, (src,), _splice_range, src.offset, asked, pipe, resources=(pipe,)
+            transfer,
+            asked,
+            (src,),
+            _splice_range,
+            src.offset,
+            asked,
+            src.status.st_dev,
+            pipe,
+            resources=(pipe,),
         )
     finally:
         release(pipe)
 
 
 def _splice_range(
-    src_fd: int, dst_fd: int, position: int, offset: int, asked: int, pipe: Pipe
+    src_fd: int, dst_fd: int, position: int, offset: int, asked: int, device: int, pipe: Pipe
 ) -> int:
     """Copy *asked* bytes, or up to the end, through *pipe*, which is empty on entry.
 
@@ -89,7 +97,7 @@ def _splice_range(
     """
     pending = copied = 0
     try:
-        refuse_uncached(src_fd)
+        refuse_uncached(src_fd, device)
         while pending or copied < asked:
             if not pending:
                 pending = os.splice(src_fd, pipe.write_fd, asked - copied, offset + copied)

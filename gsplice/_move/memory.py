@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import time
 from typing import Final
 
 from .._ends.file import File
+from .._ends.page_cache import LEAST_LOOKS, SOON
+from .._os.hub import hub_to_serve
 from .._os.results import answer_of_job, error
 from .._pool.pipe import Pipe
 from ..config import KiB
@@ -56,12 +59,39 @@ def read(
     """
     src = transfer.src
     data = answer_of_job(src.cache.read, src.fileno(), offset, asked, buffer)
+    if data is None and src.cache.is_loading():
+        data = _look_again(transfer, offset, asked, buffer)
     if data is None:
         data = transfer.on_thread((src,), os.pread, asked, offset)
     if isinstance(data, int):
         transfer.read_failed = True
         raise error(data)
     return data  # type: ignore[no-any-return]
+
+
+def _look_again(
+    transfer: Transfer, offset: int, asked: int, buffer: memoryview | None
+) -> bytes | memoryview | int | None:
+    """Read what was not cached, but is loading, as :func:`read` does; None: it was not there soon.
+
+    Other greenlets run meanwhile.
+    """
+    hub, src = hub_to_serve(), transfer.src
+    if hub is None:
+        return None
+    if buffer is None:
+        buffer = memoryview(bytearray(asked))
+    last, looks = time.monotonic() + SOON, 0
+    with hub.loop.timer(0.0) as timer:
+        while looks < LEAST_LOOKS or time.monotonic() < last:
+            looks += 1
+            hub.wait(timer)
+            transfer.check_process()
+            data = answer_of_job(src.cache.read, src.fileno(), offset, asked, buffer)
+            if data is not None:
+                return data  # type: ignore[no-any-return]
+    src.cache.note_slow()
+    return None
 
 
 def write(transfer: Transfer, data: bytes | memoryview) -> None:

@@ -52,14 +52,13 @@ def read_small(
         if os.lseek(fd, 0, os.SEEK_CUR) != stands:
             return nothing  # something is in its buffer
         position = stands if offset is None else offset
-        view = memoryview(buffer)[:count]
-        number = os.preadv(fd, (view[:_FIRST_READ],), position, RWF_NOWAIT)
-        if number == _FIRST_READ != count:
-            if (count is None or count > SMALL_FILE) and os.preadv(
-                fd, _ONE_BYTE, position + SMALL_FILE, RWF_NOWAIT
-            ):
+        view = memoryview(buffer)
+        at_first = count if count is not None and count <= SMALL_FILE else _FIRST_READ
+        number = os.preadv(fd, (view[:at_first],), position, RWF_NOWAIT)
+        if number == at_first != count:
+            if os.preadv(fd, _ONE_BYTE, position + SMALL_FILE, RWF_NOWAIT):
                 return nothing  # it is not small
-            number += os.preadv(fd, (view[number:],), position + number, RWF_NOWAIT)
+            number += os.preadv(fd, (view[number:count],), position + number, RWF_NOWAIT)
         if number != count and os.preadv(fd, _ONE_BYTE, position + number, RWF_NOWAIT):
             return nothing  # some of it is not cached
     except OSError:  # not cached, or the filesystem can't tell

@@ -22,21 +22,17 @@ import os
 from typing import Final
 
 from .._ends.file import File
-from .._ends.page_cache import refuse_uncached
 from .._ends.pipe import CallersPipe
 from .._os.linux import SPLICE_FLAGS
 from .._os.results import NOT_NOW, TOOK_NOTHING, answer, error, splice
 from .._pool.lending import acquire, release
 from .._pool.pipe import UNKNOWN, Pipe
-from ..config import KiB, MiB
+from ..config import KiB
 from .account import PIECE
+from .from_disk import send_from_disk
 from .memory import READ_SIZE, piece_through_memory, write, write_out
 from .to_disk import drain_to_disk, write_on_thread
 from .transfer import Transfer
-
-#: Most bytes of a file that a thread puts into a pipe at once; as many more are read ahead. If this
-#: were more, the first byte and the next job for the thread would wait longer.
-COLD_PIECE: Final = 1 * MiB
 
 #: A fill from a file asks for twice what the socket took of the last one, but at least for this:
 #: bytes that the socket does not take are spliced in vain.
@@ -56,18 +52,21 @@ def file_to_socket(transfer: Transfer) -> str | None:
     src, dst = transfer.src, transfer.dst
     next_fill = PIECE
     while (asked := transfer.within_limit(min(PIECE, src.remaining()))) > 0:
-        pipe = acquire()
-        if pipe is None:
-            return "no_pipe"
         before = transfer.delivered
-        try:
-            if cached := src.cached(asked):
+        if cached := src.cached(asked):
+            pipe = acquire()
+            if pipe is None:
+                return "no_pipe"
+            try:
                 filled, drained = send_cached(transfer, pipe, cached, next_fill)
-            else:
-                filled, drained = send_from_disk(transfer, pipe, asked)
-            pipe.discard()
-        finally:
-            release(pipe)
+                pipe.discard()
+            finally:
+                release(pipe)
+        else:
+            answers = send_from_disk(transfer)
+            if answers is None:
+                return "no_pipe"
+            filled, drained = answers
         if filled == 0:
             break
         if filled < 0:
@@ -114,17 +113,6 @@ def send_cached(transfer: Transfer, pipe: Pipe, cached: int, next_fill: int) -> 
         pipe.pending = pending
         if delivered:
             transfer.count_delivered(delivered, "bytes_spliced")
-
-
-def send_from_disk(transfer: Transfer, pipe: Pipe, asked: int) -> tuple[int, int]:
-    """Have a thread fill *pipe*, and drain it; return as :func:`send_cached` does.
-
-    Lets out what is thrown into the greenlet while it waits for the thread, too.
-    """
-    filled, drained = fill_from_disk(transfer, pipe, asked), 1
-    while pipe.pending > 0 and drained > 0:
-        drained = drain(transfer, pipe)
-    return filled, drained
 
 
 def file_to_socket_by_sendfile(transfer: Transfer) -> str | None:
@@ -202,34 +190,6 @@ def fill(transfer: Transfer, pipe: Pipe, asked: int) -> int:
     filled = splice(fd, pipe.write_fd, asked)
     pipe.pending = max(0, filled)
     transfer.src.note_taken(pipe.pending)
-    return filled
-
-
-def fill_from_disk(transfer: Transfer, pipe: Pipe, asked: int) -> int:
-    """Have a thread splice at most COLD_PIECE bytes of a file into *pipe*, which is empty.
-
-    Returns as :func:`fill` does; after an error ``pipe.pending`` is UNKNOWN, as it also is if
-    something is thrown into the waiting greenlet, which this lets out, with ValueError for a closed
-    file.
-    """
-    src = transfer.src
-    asked = min(asked, COLD_PIECE)
-    ahead = min(transfer.within_limit(src.remaining()) - asked, COLD_PIECE)
-    pipe.pending = UNKNOWN
-    filled: int = transfer.on_thread(
-        (src,), _fill_from_disk, pipe, src.offset, asked, ahead, resources=(pipe,)
-    )
-    if filled >= 0:  # the job has more calls than splice(2), which moves nothing if it fails
-        pipe.pending = filled
-    return filled
-
-
-def _fill_from_disk(fd: int, pipe: Pipe, offset: int, asked: int, ahead: int) -> int:
-    """Splice from a file into *pipe*, and read *ahead* bytes more ahead. Runs on a thread."""
-    refuse_uncached(fd)
-    filled = os.splice(fd, pipe.write_fd, asked, offset)
-    if ahead > 0:
-        answer(os.posix_fadvise, fd, offset + filled, ahead, os.POSIX_FADV_WILLNEED)  # or not
     return filled
 
 

@@ -16,16 +16,15 @@ from gevent.monkey import get_original
 
 from .._ends.end import End
 from .._ends.file import File
-from .._ends.page_cache import BIG_WRITE
 from .._ends.socket import Socket
 from .._ends.stream import unread
 from .._os.results import NOT_NOW, splice
 from .._pool.pipe import UNKNOWN, Pipe
-from .._threads.descriptor import Duplicate
 from .._threads.job import Resource
 from .._threads.threads import threads
-from ..config import MiB
+from ..config import KiB, MiB
 from .account import PIECE
+from .lent_socket import LentSocket
 from .transfer import Transfer
 
 #: Most bytes that one job moves from a socket to a file: moving this much takes 6 ms, and handing
@@ -33,12 +32,12 @@ from .transfer import Transfer
 DISK_PIECE: Final = 16 * MiB
 
 #: Milliseconds for which a thread waits for more of a brisk sender's bytes, instead of handing the
-#: job back. A sender on the same machine is seldom silent for that long; one that is slow would
-#: keep a thread from others.
+#: job back: a sender on the same machine is seldom silent for that long. Brisk is who has sent so
+#: many bytes for each such wait; a slow one would keep the thread from others.
 PATIENCE: Final = 1
+BRISK: Final = 64 * KiB
 
 _new_poll: Callable[[], Any] = get_original("select", "poll")
-_new_lock: Callable[[], Any] = get_original("_thread", "allocate_lock")
 
 
 def write_on_thread(
@@ -166,58 +165,42 @@ def _drain_and_fill(
         position += drained
         pending -= drained
         if not pending:
-            pending = sock.fill(pipe, dst_fd, drained > BIG_WRITE)
+            pending = sock.fill(pipe, dst_fd, written)
             if pending:
                 position = sock.position
     return written
 
 
-class _RevocableSocket:
+class _RevocableSocket(LentSocket):
     """A socket from which a thread may take bytes for as long as its greenlet waits."""
 
-    __slots__ = (
-        "_dst",
-        "_ino",
-        "_lock",
-        "_pid",
-        "_src",
-        "_there",
-        "failure",
-        "left_to_thread",
-        "position",
-        "remaining",
-        "taken",
-    )
+    __slots__ = ("_dst", "_there", "_waits", "failure", "position", "remaining", "taken")
 
     def __init__(self, src: Socket, dst: File, most: int) -> None:
-        self._src = src
+        super().__init__(src)
         self._dst = dst
         #: How many bytes are there already: they are written even if the file is closed meanwhile.
         self._there = _available(src) if most else 0
         #: How many bytes may still be taken, and how many have been.
         self.remaining, self.taken = most, 0
+        self._waits = 0
         #: The socket's error (minus its errno), or 0.
         self.failure = 0
-        #: Whether the greenlet has stopped waiting.
-        self.left_to_thread = False
         #: Where in the file the bytes taken last belong.
         self.position = 0
-        self._ino = os.fstat(src.fileno()).st_ino if most else 0
-        self._lock = _new_lock()
-        self._pid = os.getpid()
 
-    def fill(self, pipe: Pipe, dst_fd: int, is_brisk: bool) -> int:
+    def fill(self, pipe: Pipe, dst_fd: int, written: int) -> int:
         """Splice from the socket into *pipe*, which is empty; return how many bytes.
 
         On exit the position of the file *dst_fd* has been moved past them, from :attr:`position`.
-        Waits for PATIENCE if *is_brisk*. Returns 0 if no bytes are ready then, the limit is
-        reached, the greenlet stopped waiting, an end is closed, or splice(2) failed (see
-        :attr:`failure`). Raises nothing.
+        Waits for PATIENCE if the sender is brisk, of whom *written* bytes have been written so far.
+        Returns 0 if no bytes are ready then, the limit is reached, the greenlet stopped waiting, an
+        end is closed, or splice(2) failed (see :attr:`failure`). Raises nothing.
         """
         if self.taken >= self._there and self._dst.raw.closed:
             return 0
         filled = self._fill_now(pipe, dst_fd)
-        if filled == NOT_NOW and is_brisk and self._wait():
+        if filled == NOT_NOW and written > (self._waits + 1) * BRISK and self._wait():
             filled = self._fill_now(pipe, dst_fd)
         return max(0, filled)
 
@@ -226,32 +209,22 @@ class _RevocableSocket:
 
         If it is closed meanwhile, its peer learns of that when this has ended.
         """
+        self._waits += 1
         poll = _new_poll()
         try:
-            poll.register(Socket.fileno(self._src), POLLIN)
+            poll.register(Socket.fileno(self._end), POLLIN)
             return bool(poll.poll(PATIENCE))
         except (OSError, ValueError):  # closed
             return False
 
     def _fill_now(self, pipe: Pipe, dst_fd: int) -> int:
         """Do one splice(2) of :meth:`fill`; return as that does, or NOT_NOW."""
-        with self._lock:
-            if self.left_to_thread or not self.remaining:
+        if not self.remaining:
+            return 0
+        with self.descriptor() as fd:
+            if fd < 0:
                 return 0
-            try:
-                # Call Socket.fileno itself, so that a body translates its errors in its greenlet,
-                # not on this thread. The duplicate is closed right after the call: while it is
-                # open, closing the socket sends no FIN.
-                own = Duplicate(Socket.fileno(self._src))
-            except (OSError, ValueError):  # closed
-                return 0
-            try:
-                if os.fstat(own.fd).st_ino != self._ino:
-                    return 0  # closed meanwhile, and the number belongs to another file
-                most = min(self.remaining, PIECE)
-                filled = splice(own.fd, pipe.write_fd, most)
-            finally:
-                own.close_now()
+            filled = splice(fd, pipe.write_fd, min(self.remaining, PIECE))
             if filled == NOT_NOW:
                 return NOT_NOW
             if filled < 0:
@@ -262,14 +235,3 @@ class _RevocableSocket:
             self.remaining -= filled
             self.taken += filled
             return filled
-
-    def leave_to_thread(self) -> None:
-        """Let the thread take no more. May wait for its splice(2), which is non-blocking."""
-        if os.getpid() != self._pid:  # the thread that holds the lock is the parent's
-            self.left_to_thread = True
-            return
-        with self._lock:
-            self.left_to_thread = True
-
-    def close(self) -> None:
-        """Do nothing: the socket is the caller's."""

@@ -47,11 +47,13 @@ class Transfer(Account):
         job: Callable[..., Any],
         *args: Any,
         resources: tuple[Resource, ...] = (),
+        begin: Callable[[], object] | None = None,
     ) -> Any:
         """Do ``job(*descriptors of ends, *args)`` on a thread; return its result, or minus errno.
 
         The thread gets duplicates, in case an end is closed meanwhile. Without a thread, or a
-        descriptor for a duplicate, this greenlet does the job. Lets out ValueError for a closed
+        descriptor for a duplicate, this greenlet does the job. When it is the job's turn, this
+        greenlet calls *begin*, which neither waits nor raises. Lets out ValueError for a closed
         file, and what is thrown in while it waits; then *resources* are left to a running job.
         """
         devices = tuple(end.status.st_dev if isinstance(end, File) else None for end in ends)
@@ -60,11 +62,13 @@ class Transfer(Account):
         pool = threads()
         duplicates = self._duplicate(ends, fds) if pool is not None else None
         if pool is None or duplicates is None:
+            if begin is not None:
+                begin()
             result = answer_of_job(job, *fds, *args)
         else:
             of_files = [device for device in devices if device is not None]
             fds = [each.fd for each in duplicates]
-            result = pool.run(of_files, job, fds, args, [*duplicates, *resources])
+            result = pool.run(of_files, job, fds, args, [*duplicates, *resources], begin)
         self._since_turn = 0
         self.check_process()
         return result

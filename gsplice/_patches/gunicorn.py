@@ -56,10 +56,10 @@ class _Application:
 
     def __call__(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Any:
         result = self._app(environ, start_response)
-        if not is_object_patched(self._owner, "handle_request"):
-            return result
         part = find(result)
         if part is not None and part.length is None and by_name(type(result), _WRAPPER):
+            return result
+        if not is_object_patched(self._owner, "handle_request"):
             return result
         response = getattr(start_response, "__self__", None)
         try:

@@ -132,7 +132,7 @@ def replacements(handler_class: Any) -> SimpleNamespace:
         originals["handle"](self)
 
     def _write_with_headers(self: Any, data: Any) -> None:
-        if type(data) is bytes and 0 < len(data) <= JOINED and joins(self):
+        if type(data) in (bytes, memoryview) and 0 < len(data) <= JOINED and joins(self):
             write = originals["_write_with_headers"]
             send_together(self, collect(self, write, self, data))
         else:
@@ -142,7 +142,7 @@ def replacements(handler_class: Any) -> SimpleNamespace:
         # gevent's socket.sendall() takes 3 us longer than a send(2) that does not have to wait.
         sent = 0
         if type(data) in (bytes, bytearray) and len(data) <= AT_ONCE and is_plain(self):
-            sent = send_some(self, data)
+            sent = send_some(self, self.socket._sock.send, data)
         if not sent or sent < len(data):
             originals["_sendall"](self, memoryview(data)[sent:] if sent else data)
         self.response_length += sent
@@ -179,13 +179,18 @@ def _declared_length(handler: Any) -> int | None:
 
 
 def _needs_no_body(handler: Any) -> bool:
-    """Return True for HEAD, with the headers sent; else limit a wrapper to the declared length."""
+    """Return True for HEAD, with the headers sent; else limit a wrapper to the declared length.
+
+    Lets out what reading raises, also for HEAD: a file that can't be read is an error for pywsgi.
+    """
     declared = _declared_length(handler)
     if handler.headers_sent:
         handler.close_connection = True  # we don't know how much of the length has been sent
     elif declared is not None and type(handler.result) is FileWrapper:
         handler.result.stop_after(declared)
     if handler.command == "HEAD" and handler.status:
+        for _ in handler.result:
+            break
         if not handler.headers_sent:
             handler.write(b"")
         return True  # neither a body nor the last chunk of one
@@ -217,27 +222,22 @@ def _send_small(handler: Any, part: Part) -> bool:
     count = part.length if declared is None else declared
     if count is not None and count > SMALL_FILE:
         return False
-    data, after = _read_small(part, count)
-    if not data or len(data) != (count or len(data)):
-        return False
-    file.seek(after)
-    if declared is None:
-        handler.provided_content_length = str(len(data))
-        handler.response_headers.append((b"Content-Length", b"%d" % len(data)))
-    handler.write(data)
-    counters.add_transfer("bytes_copied", len(data))
-    return True
-
-
-def _read_small(part: Part, count: int | None) -> tuple[bytes, int]:
-    """Return what :func:`read_small` reads of *part*, and the position after it."""
-    offset = part.start if part.whence == SEEK_SET else None
     buffer = buffers.pop() if buffers else new_buffer()
     try:
-        position, number = read_small(part.file, offset, count, buffer)
-        return bytes(memoryview(buffer)[:number]), position + number
+        offset = part.start if part.whence == SEEK_SET else None
+        position, number = read_small(file, offset, count, buffer)
+        if not number or number != (count or number):
+            return False
+        file.seek(position + number)
+        if declared is None:
+            handler.provided_content_length = str(number)
+            handler.response_headers.append((b"Content-Length", b"%d" % number))
+        data = memoryview(buffer)[:number]
+        handler.write(data if joins(handler) else bytes(data))
     finally:
         buffers.append(buffer)
+    counters.add_transfer("bytes_copied", number)
+    return True
 
 
 @contextlib.contextmanager
@@ -418,9 +418,7 @@ class _FileResponse:
         """
         handler = self._handler
         for piece in collect(handler, handler.write, b""):
-            try:
-                handler.socket.sendall(piece, MSG_MORE)
-            except OSError as err:
-                record(handler, err)
-                raise
-            handler.response_length += len(piece)
+            sent = send_some(handler, handler.socket._sock.send, piece, MSG_MORE)
+            handler.response_length += sent
+            if sent < len(piece):
+                handler._sendall(piece[sent:])

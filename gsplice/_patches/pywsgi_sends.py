@@ -26,6 +26,10 @@ _PLAIN: Final = "_gsplice_plain"
 #: 200 KiB nothing any more.
 JOINED: Final = 64 * KiB
 
+#: Up to this size, headers and what follows are copied into one for send(2), which takes less than
+#: sendmsg(2) then.
+COPIED: Final = 4 * KiB
+
 #: Most that is sent by one send(2): as much as gevent sends at once, so that others get their turn.
 AT_ONCE: Final = 1 * MiB
 
@@ -78,10 +82,14 @@ def send_together(handler: Any, pieces: Sequence[bytes]) -> None:
     Lets out the errors of the socket. These are recorded, and is counted what has been sent, as if
     the pieces had been sent one by one.
     """
-    together = b"".join(pieces)
-    sent = send_some(handler, together)
-    if sent == len(together):
-        handler.response_length += sent
+    size = sum(map(len, pieces))
+    sock = handler.socket._sock
+    if size <= COPIED:
+        sent = send_some(handler, sock.send, b"".join(pieces))
+    else:
+        sent = send_some(handler, sock.sendmsg, pieces)
+    if sent == size:
+        handler.response_length += size
         return
     for piece in pieces:
         if sent < len(piece):
@@ -93,10 +101,10 @@ def send_together(handler: Any, pieces: Sequence[bytes]) -> None:
             sent -= len(piece)
 
 
-def send_some(handler: Any, data: bytes | bytearray) -> int:
-    """Return how much of *data* the socket has taken now. Lets out its errors, recorded."""
+def send_some(handler: Any, send: Callable[..., int], *args: Any) -> int:
+    """Return how many bytes ``send(*args)`` has sent now. Lets out its errors, recorded."""
     try:
-        sent: int = handler.socket._sock.send(data)
+        sent = send(*args)
     except BlockingIOError:
         return 0
     except OSError as err:

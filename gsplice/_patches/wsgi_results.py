@@ -185,12 +185,19 @@ def _lookup(obj: Any, table: Any) -> Any:
     """Look up the type of *obj* in *table*; None if the instance has methods of its own."""
     cls = type(obj)
     found = by_name(cls, table)
-    if found:
-        for name in vars(obj):
-            # Except close(), which the server calls.
-            if name != "close" and hasattr(cls, name):
-                return None
-    return found
+    return found if found and _names_in(cls).isdisjoint(vars(obj)) else None
+
+
+#: The names that each known class defines, filled when it is first met.
+_defined: Final[dict[type, frozenset[str]]] = {}
+
+
+def _names_in(cls: type) -> frozenset[str]:
+    """Return the names of what an instance may not replace: all but close(), which servers call."""
+    names = _defined.get(cls)
+    if names is None:
+        names = _defined[cls] = frozenset(dir(cls)) - {"close"}
+    return names
 
 
 def _is_size(number: object) -> bool:

@@ -12,8 +12,10 @@ from collections import Counter, deque
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any, Final
 
+from gevent import config
 from gevent._hub_local import get_hub_if_exists
 from gevent.event import Event
+from gevent.hub import Waiter
 from gevent.lock import Semaphore
 from greenlet import getcurrent
 
@@ -23,6 +25,7 @@ from .._os.hub import hub_to_serve
 from .._os.results import answer_of_job
 from ..config import settings
 from .job import Job, Resource
+from .workers import Workers
 
 #: The attribute of a hub that holds its threads. An idle thread ends when one of gevent's own would
 #: (``GEVENT_THREADPOOL_IDLE_TASK_TIMEOUT``).
@@ -71,14 +74,11 @@ class WriteLock:
 class Threads:
     """The threads of one hub, and the queue of greenlets that want one."""
 
-    __slots__ = ("_busy", "_pool", "_queue", "_running", "_writers", "waiting")
+    __slots__ = ("_busy", "_hub", "_queue", "_running", "_workers", "_writers", "waiting")
 
     def __init__(self, hub: Any) -> None:
-        from gevent import config
-        from gevent.threadpool import ThreadPool  # which imports concurrent.futures
-
-        idle = config.threadpool_idle_task_timeout
-        self._pool = ThreadPool(settings.threads, hub=hub, idle_task_timeout=idle)
+        self._hub = hub
+        self._workers = Workers(hub, config.threadpool_idle_task_timeout)
         self._queue: deque[tuple[frozenset[int], Event]] = deque()
         #: How many jobs have a thread, and how many of them use each device.
         self._busy = 0
@@ -96,6 +96,7 @@ class Threads:
         fds: Sequence[int],
         args: tuple[Any, ...],
         resources: Sequence[Resource],
+        begin: Callable[[], object] | None = None,
     ) -> Any:
         """Do ``job(*fds, *args)`` on a thread while the hub serves others.
 
@@ -104,28 +105,36 @@ class Threads:
         uses) are left to the thread, which closes them when the job ends.
 
         Jobs that use one of the *devices* get at most half the threads; first come, first served.
-        If no thread can be started, the job is done in this greenlet.
+        If no thread can be started, the job is done in this greenlet. *begin*, if given, is called
+        here when it is the job's turn; it neither waits nor raises.
         """
         used = frozenset(devices)
         greenlet = getcurrent()
         self.waiting.add(greenlet)
         try:
             self._wait_for_slot(used)
+            if begin is not None:
+                begin()
             task = Job(job, fds, args, resources)
-            result = None
+            ended: Any = Waiter(self._hub)
+
+            def end(result: Any, error: BaseException | None) -> None:
+                self._free_slot(used)
+                if error is None:
+                    ended.switch(result)
+                else:
+                    ended.throw(error)
+
             try:
-                result = self._pool.spawn(
-                    task
-                )  # does not wait: our slot means that a thread is free
-                result.rawlink(lambda _: self._free_slot(used))
-                counters.add("offloads", 1)
-                return result.get()
-            except BaseException as err:
-                begun = task.give_up()
-                if result is None:
-                    self._free_slot(used)
-                    if not begun and isinstance(err, (RuntimeError, MemoryError)):
-                        return answer_of_job(job, *fds, *args)
+                self._workers.start(task, end)
+            except (RuntimeError, MemoryError):
+                self._free_slot(used)
+                return answer_of_job(job, *fds, *args)
+            counters.add("offloads", 1)
+            try:
+                return ended.get()
+            except BaseException:
+                task.give_up()
                 raise
         finally:
             self.waiting.discard(greenlet)
@@ -141,7 +150,11 @@ class Threads:
             semaphore.acquire()
         finally:
             self.waiting.discard(greenlet)
-        return WriteLock(self._pool.hub, semaphore)
+        return WriteLock(self._hub, semaphore)
+
+    def forget_workers(self) -> None:
+        """Have the loop not wait for jobs, in a forked child. Called on the hub."""
+        self._workers.close()
 
     def _may_run(self, devices: frozenset[int]) -> bool:
         threads = settings.threads
@@ -165,12 +178,15 @@ class Threads:
 
     def _take_slot(self, devices: frozenset[int]) -> None:
         self._busy += 1
-        self._running.update(devices)
+        for device in devices:
+            self._running[device] += 1
 
     def _free_slot(self, devices: frozenset[int]) -> None:
         self._busy -= 1
-        self._running.subtract(devices)
-        self._running += Counter()  # forgets the devices that nobody uses
+        for device in devices:
+            self._running[device] -= 1
+            if not self._running[device]:
+                del self._running[device]
         for place in [*self._queue]:
             if self._may_run(place[0]):
                 self._queue.remove(place)
@@ -194,6 +210,7 @@ def _after_fork_in_child() -> None:
 
     for greenlet in threads.waiting:
         hub.loop.run_callback(give_up, greenlet)
+    hub.loop.run_callback(threads.forget_workers)
 
 
 in_forked_child(_after_fork_in_child)

@@ -124,6 +124,7 @@ logging.basicConfig(stream=sys.stdout, format="%(levelname)s %(name)s %(message)
 import gsplice
 print(result := gsplice.patch_all())
 gsplice.patch_all()
+import http.client
 import gevent.pywsgi
 gsplice.patch_all()
 gsplice.unpatch_all()
@@ -131,9 +132,10 @@ gsplice.patch_all(shutil=False, pywsgi=False)
 """).splitlines()
     logged, result, *rest = printed
     assert logged == f"INFO gsplice {result}"
-    assert rest[0].startswith("INFO gsplice patched: pywsgi.WSGIHandler.")
-    assert rest[1].startswith("INFO gsplice patched: socket.sendfile, ")
-    assert len(rest) == 2
+    assert rest[0].startswith("INFO gsplice patched: http.client.HTTPConnection.")
+    assert rest[1].startswith("INFO gsplice patched: pywsgi.WSGIHandler.")
+    assert rest[2].startswith("INFO gsplice patched: socket.sendfile, ")
+    assert len(rest) == 3
 
 
 def test_without_logging_set_up_nothing_is_printed() -> None:

@@ -70,6 +70,7 @@ def in_threads(works):
             raise
         finally:
             gevent.get_hub().destroy(destroy_loop=True)
+    gevent.get_hub()  # libuv's default loop: gevent crashes if several threads are the first to ask
     threads = [threading.Thread(target=run, args=(work,)) for work in works]
     for thread in threads:
         thread.start()

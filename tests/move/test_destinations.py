@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import fcntl
 import os
-import resource
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +17,7 @@ from conftest import (
     file_of,
     some_bytes,
 )
-from ends import GUARD, MOVERS, Ends, KiB, MiB, until
+from ends import GUARD, MOVERS, Ends, KiB, MiB, file_size_limit, until
 from pairs import MANY
 from unpatched import unpatched_copyfileobj
 
@@ -95,16 +93,6 @@ def test_a_destination_that_refuses_splice_under_way_loses_nothing(
     assert grown.fallbacks == {"refused": 1}
     assert grown.bytes_spliced + grown.bytes_copied >= len(first)
     assert grown.pipes_in_use == 0
-
-
-@contextlib.contextmanager
-def file_size_limit(size: int) -> Iterator[None]:
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 @pytest.mark.parametrize("source", ["file", "tcp", "pipe"])

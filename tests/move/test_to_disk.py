@@ -19,7 +19,7 @@ import gevent
 import gevent.os
 import pytest
 from conftest import counting, some_bytes
-from ends import GUARD, Ends, KiB, MiB, is_waited_for, threads_done, until
+from ends import GUARD, Ends, KiB, MiB, file_size_limit, is_waited_for, threads_done, until
 from gevent import GreenletExit
 from gevent.monkey import get_original
 from slowfs import SlowFS
@@ -27,6 +27,7 @@ from slowfs import SlowFS
 import gsplice
 from gsplice._ends import recognise
 from gsplice._ends.socket import Socket
+from gsplice._move import to_disk
 from gsplice._move.move import move
 from gsplice._move.to_disk import _RevocableSocket
 from gsplice._move.transfer import Transfer
@@ -222,6 +223,23 @@ def test_an_end_is_closed(slow: SlowFS, tmp_path: Path, closed: str) -> None:
         assert (written == DATA) == (closed == "dst")
 
 
+@pytest.mark.usefixtures("quiet")
+@pytest.mark.parametrize("closed", ["", "sock"])
+def test_the_disk_is_full_and_an_end_is_closed(slow: SlowFS, tmp_path: Path, closed: str) -> None:
+    """What has been written counts, and the error is the disk's, whoever has closed the source."""
+    room = 40 * KiB  # less than what the pipe holds when the thread begins
+    with file_size_limit(room), counting() as grown, Held(tmp_path, slow) as held:
+        if closed:
+            held.sock.close()
+        held.release()
+        with pytest.raises(OSError) as caught:
+            held.moving.get(timeout=GUARD)
+        assert caught.value.errno == errno.EFBIG
+        assert held.dst.tell() == room
+        assert held.written() == DATA[:room]
+    assert grown.bytes_spliced == room
+
+
 def test_the_number_of_a_closed_socket_is_anothers(tmp_path: Path) -> None:
     """A thread may see that a moment after it has asked for the number."""
     with Ends(tmp_path) as ends:
@@ -233,7 +251,7 @@ def test_the_number_of_a_closed_socket_is_anothers(tmp_path: Path) -> None:
         os.dup2(other.fileno(), sock.fileno())
         pipe = gsplice.pipes.acquire()
         assert pipe is not None
-        assert revocable.fill(pipe, -1, True) == revocable.taken == 0
+        assert revocable.fill(pipe, -1, MiB) == revocable.taken == 0
         gsplice.pipes.release(pipe)
         os.dup2(keep, sock.fileno())
         os.close(keep)
@@ -257,7 +275,7 @@ def test_a_thread_leaves_a_closed_body_to_its_greenlet(tmp_path: Path) -> None:
         threads.clear()
         pipe = gsplice.pipes.acquire()
         assert pipe is not None
-        assert revocable.fill(pipe, -1, True) == revocable.taken == 0
+        assert revocable.fill(pipe, -1, MiB) == revocable.taken == 0
         gsplice.pipes.release(pipe)
     assert not threads
 
@@ -288,6 +306,37 @@ def test_it_goes_on_after_a_pause(slow: SlowFS, tmp_path: Path) -> None:
         assert held.moving.get(timeout=GUARD) == len(DATA) + 1000
         assert held.written() == DATA + DATA[:1000]
     assert grown.offloads == 2 + CLOSING
+
+
+def test_the_thread_waits_a_moment_for_a_brisk_sender(
+    slow: SlowFS, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(to_disk, "PATIENCE", GUARD * 1000)
+    with counting() as grown, Held(tmp_path, slow) as held:
+        held.release()
+        for _ in range(2):
+            until(lambda: held_by(held.sock) == 0)
+            held.peer.sendall(DATA)
+        held.peer.shutdown(socket.SHUT_WR)
+        assert held.moving.get(timeout=GUARD) == held.dst.tell() == 3 * len(DATA)
+        assert held.written() == 3 * DATA
+    assert grown.offloads == 1 + CLOSING
+
+
+@pytest.mark.usefixtures("quiet")
+def test_a_thread_that_waits_for_more_takes_none_for_a_greenlet_that_has_gone(
+    slow: SlowFS, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(to_disk, "PATIENCE", GUARD * 1000)
+    with Held(tmp_path, slow) as held:
+        held.release()
+        until(lambda: (slow.directory / held.name).stat().st_size == len(DATA))
+        held.moving.kill(timeout=GUARD)
+        assert held.dst.tell() == len(DATA)
+        held.peer.sendall(b"the next one's")
+        threads_done()
+        assert held.written() == DATA
+        assert held.rest() == b"the next one's"
 
 
 def test_a_fork_while_the_thread_is_at_work(slow: SlowFS, tmp_path: Path) -> None:

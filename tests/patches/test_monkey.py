@@ -31,6 +31,7 @@ FAST_COPIES = [
     name for name in ("_fastcopy_sendfile", "_fastcopy_copy_file_range") if hasattr(shutil, name)
 ]
 
+IN_HTTP_CLIENT = [f"http.client.HTTPConnection.{name}" for name in ("send", "_send_output")]
 IN_PYWSGI = [
     f"pywsgi.WSGIHandler.{name}"
     for name in ("get_environ", "process_result", "handle", "_write_with_headers", "_sendall")
@@ -75,14 +76,16 @@ def test_nothing_is_patched_by_importing() -> None:
 
 def test_gevents_queries_tell_the_truth_and_unpatching_restores_them() -> None:
     run("""
-import gevent.monkey, gevent.pywsgi, shutil
+import gevent.monkey, gevent.pywsgi, http.client, shutil, urllib3
 from gevent._socket3 import socket
 fast = [name for name in vars(shutil) if name.startswith("_fastcopy_") and "fcopyfile" not in name]
 assert fast
 names = [*((shutil, name) for name in ["copyfileobj", *fast]),
          (socket, "sendfile"), (socket, "_sendfile_use_sendfile"),
          *((gevent.pywsgi.WSGIHandler, name) for name in
-           ["get_environ", "process_result", "handle", "_write_with_headers", "_sendall"])]
+           ["get_environ", "process_result", "handle", "_write_with_headers", "_sendall"]),
+         *((http.client.HTTPConnection, name) for name in ["send", "_send_output"]),
+         (urllib3.connection.HTTPConnection, "request")]
 before = [getattr(owner, name) for owner, name in names]
 saved = {module: dict(items) for module, items in gevent.monkey.saved.items()}
 import gsplice
@@ -104,25 +107,30 @@ gsplice.unpatch_all()
 def test_result_names_what_was_patched_and_why_not_the_rest() -> None:
     assert run("""
 import gsplice
+nothing = dict.fromkeys(gsplice.monkey.SWITCHES, False)
 result = gsplice.patch_all(shutil=False)
 print(bool(result), result.patched)
 for name, reason in result.not_patched.items(): print(name, "--", reason)
-again = gsplice.patch_all(socket=False, shutil=False, pywsgi=False, gunicorn=False)
+again = gsplice.patch_all(**nothing)
 print(bool(again), again.not_patched == result.not_patched)
 gsplice.unpatch_all()
-print(gsplice.patch_all(socket=False, shutil=False, pywsgi=False, gunicorn=False))
+print(gsplice.patch_all(**nothing))
 """).splitlines() == [
         "True ('socket.sendfile', 'socket._sendfile_use_sendfile')",
         "shutil.copyfileobj -- not asked for",
         *(f"shutil.{name} -- not asked for" for name in FAST_COPIES),
         *(f"{name} -- will be when gevent.pywsgi is imported" for name in IN_PYWSGI),
         "gunicorn.GeventWorker.handle_request -- will be when gunicorn.workers.ggevent is imported",
+        *(f"{name} -- will be when http.client is imported" for name in IN_HTTP_CLIENT),
+        "urllib3.HTTPConnection.request -- will be when urllib3.connection is imported",
         "True True",
         "patched: nothing; not patched: socket.sendfile (not asked for), "
         "socket._sendfile_use_sendfile (not asked for), shutil.copyfileobj (not asked for), "
         + "".join(f"shutil.{name} (not asked for), " for name in FAST_COPIES)
         + "".join(f"{name} (not asked for), " for name in IN_PYWSGI)
-        + "gunicorn.GeventWorker.handle_request (not asked for)",
+        + "gunicorn.GeventWorker.handle_request (not asked for), "
+        + "".join(f"{name} (not asked for), " for name in IN_HTTP_CLIENT)
+        + "urllib3.HTTPConnection.request (not asked for)",
     ]
 
 
@@ -133,11 +141,14 @@ gsplice.patch_all()
 assert "gevent.pywsgi" not in sys.modules and "ssl" not in sys.modules
 import gevent.pywsgi
 assert gevent.monkey.is_object_patched("gevent.pywsgi.WSGIHandler", "process_result")
-assert [*gsplice.patch_all().not_patched] == ["gunicorn.GeventWorker.handle_request"]
+import http.client
+assert [*gsplice.patch_all(http_client=False).not_patched] == [
+    "gunicorn.GeventWorker.handle_request", "urllib3.HTTPConnection.request"]
 assert not [name for name in sys.modules if name.startswith("gunicorn")]
 import gunicorn.workers.ggevent
 worker = "gunicorn.workers.ggevent.GeventWorker"
 assert gevent.monkey.is_object_patched(worker, "handle_request")
+import urllib3
 assert not gsplice.patch_all().not_patched
 assert "gsplice" not in str(sys.meta_path)
 gsplice.unpatch_all()
@@ -167,7 +178,7 @@ else:
     raise AssertionError("imported without gevent.server")
 import gevent.pywsgi
 assert gevent.monkey.is_object_patched("gevent.pywsgi.WSGIHandler", "process_result")
-assert gsplice.monkey._awaited == {"gunicorn"}
+assert gsplice.monkey._awaited == {"gunicorn", "urllib3"}
 """)
 
 
@@ -383,8 +394,9 @@ def test_settings_come_from_the_environment() -> None:
             GSPLICE_PIPE_SIZE="65536",
             GSPLICE_MAX_PIPES="7",
             GSPLICE_PATCH_ALL="yes",
+            GSPLICE_REPORT="0.5",
         )
-        == "65536 7 16 64 auto 8 True\n"
+        == "65536 7 16 64 auto 8 True 0.5\n"
     )
 
 
@@ -396,8 +408,9 @@ DEFAULTS = {
     "offload": "auto",
     "threads": 8,
     "patch_all": False,
+    "report": 0.0,
 }
-NUMBERS = sorted({*DEFAULTS} - {"offload", "patch_all"})
+NUMBERS = sorted({*DEFAULTS} - {"offload", "patch_all", "report"})
 NONSENSE = ["abc", "-1", "1e3", "1.5", "0x10", "5 6", "999999999999999999999", "9" * 5000]
 
 
@@ -411,6 +424,9 @@ NONSENSE = ["abc", "-1", "1e3", "1.5", "0x10", "5 6", "999999999999999999999", "
         ("offload", " never ", "never"),
         ("patch_all", " YES ", True),
         ("patch_all", "0", False),
+        ("report", " 60 ", 60.0),
+        ("report", "0", 0.0),
+        ("report", "1.5", 1.5),
     ],
 )
 def test_a_variable_that_makes_sense(name: str, value: str, expected: object) -> None:
@@ -425,7 +441,8 @@ def test_a_variable_that_makes_sense(name: str, value: str, expected: object) ->
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        *((name, value) for name in DEFAULTS for value in NONSENSE),
+        *((name, value) for name in DEFAULTS if name != "report" for value in NONSENSE),
+        *(("report", value) for value in ("abc", "-1", "5 6", "1e99", "inf", "nan")),
         ("threads", "0"),
         ("offload", "AUTO!"),
         ("patch_all", "2"),

@@ -210,11 +210,11 @@ def other():
     while lent:
         release(lent.pop())
     gevent.get_hub().destroy()
+hub = gevent.get_hub()  # before the threads have theirs: see in_threads() of test_threads.py
 threads = [threading.Thread(target=other) for _ in range(8)]
 for thread in threads:
     thread.start()
     time.sleep(0.025)
-hub = gevent.get_hub()
 release(acquire())
 while len(looks) < 6:
     gevent.sleep(0.01)

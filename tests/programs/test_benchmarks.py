@@ -23,7 +23,9 @@ def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     "names",
     [
         ("pool",),
-        pytest.param(("pool", "file_to_socket", "slow_readers"), marks=pytest.mark.thorough),
+        pytest.param(
+            ("pool", "saying_no", "slow_readers", "file_to_socket"), marks=pytest.mark.thorough
+        ),
     ],
     ids=len,
 )

@@ -22,7 +22,15 @@ BODY = b"first line\nsecond\n" + some_bytes(3 * MiB)
 #: Bytes of a body that may have been read together with the head, and go through memory.
 READ_AHEAD = 64 * KiB
 
-PATHS = ["/upload/all", "/upload/begun", "/upload/werkzeug", "/upload/werkzeug/begun"]
+PATHS = [
+    "/upload/all",
+    "/upload/begun",
+    "/upload/werkzeug",
+    "/upload/werkzeug/begun",
+    "/upload/django",
+    "/upload/django/begun",
+    "/upload/falcon",  # whose readline() counts all that remains as read
+]
 
 
 def post(path: str, body: bytes = BODY, *headers: str, close: bool = True) -> bytes:

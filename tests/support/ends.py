@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import resource
 import shutil
 import socket as stdlib_socket
 import subprocess
@@ -44,11 +45,22 @@ def until(condition: Callable[[], Any]) -> None:
             gevent.sleep(0.001)
 
 
+@contextlib.contextmanager
+def file_size_limit(size: int) -> Iterator[None]:
+    """Have no file grow beyond *size*, as if the disk were full then, but with EFBIG."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
 def threads_done() -> None:
     """Wait until the threads of this hub have nothing left to do."""
     threads = gevent.get_hub().__dict__.get("_gsplice_threads")
     if threads is not None:
-        until(lambda: not len(threads._pool))
+        until(lambda: not len(threads._workers))
 
 
 def is_waited_for(sock: Any, event: str = "write") -> bool:

@@ -32,6 +32,7 @@ from slowfs import SlowFS
 from victims import Victim, assert_clean
 
 import gsplice
+from gsplice._move.account import PIECE
 
 pytestmark = pytest.mark.usefixtures("threads_idle")
 
@@ -75,11 +76,11 @@ def test_ended_while_a_thread_reads(
 @pytest.mark.parametrize("way", TO_ANY)
 def test_killed_halfway(slow: SlowFS, tmp_path: Path, name: str, way: str) -> None:
     """The file stands where what was delivered ends."""
-    size = 4 * MiB
-    held = held_beyond(3 * MiB, slow, name, tmp_path, way, size)
+    size = 2 * PIECE
+    held = held_beyond(size - MiB, slow, name, tmp_path, way, size)
     with held as (ends, src, dst, finish, moving):
         if way in TO_FILE:
-            until(lambda: os.fstat(dst.fileno()).st_size >= 2 * MiB)
+            until(lambda: os.fstat(dst.fileno()).st_size > PIECE)
         else:
             until(lambda: gsplice.stats().pipes_in_use == 1)
         moving.kill(timeout=GUARD)

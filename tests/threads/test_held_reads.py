@@ -74,6 +74,11 @@ def test_a_file_read_by_another_client_is_waited_for_on_a_thread(
         assert client.get(timeout=GUARD)[1:] == (digest(some_bytes(1 * MiB)), 1 * MiB)
 
 
+def test_those_that_queue_for_a_thread_hold_no_pipe(many_held: list[str]) -> None:
+    assert len(many_held) > LANE
+    assert gsplice.stats().pipes_in_use == LANE
+
+
 def test_dns_is_not_delayed(many_held: list[str], slow: SlowFS) -> None:
     hub = gevent.get_hub()
     with gevent.Timeout(GUARD):

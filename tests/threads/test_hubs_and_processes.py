@@ -64,7 +64,7 @@ if pid == 0:
     error = getattr(sending.exception, 'errno', repr(sending.exception))
     after = gsplice.stats()
     moved = after.bytes_spliced + after.bytes_copied + after.bytes_sendfile
-    gevent.sleep(0)
+    assert gevent.get_hub().join(timeout=30)  # the loop does not wait for the parent's thread
     print(json.dumps([left, error, moved, after.pipes_in_use]), flush=True)
     # A thread of its own serves the child.
     print(gsplice._threads.threads.threads().run((), lambda: 'served', (), (), ()), flush=True)

@@ -8,7 +8,6 @@ from typing import Any
 
 import gevent
 import gevent.socket
-import gevent.threadpool
 import pytest
 from conftest import (
     counting,
@@ -20,7 +19,7 @@ from gevent.monkey import get_original
 from slow_disks import LANE, cold, hub_threads
 
 import gsplice
-from gsplice._threads import job
+from gsplice._threads import job, workers
 from gsplice._threads.threads import Threads
 
 pytestmark = pytest.mark.usefixtures("threads_idle")
@@ -29,14 +28,14 @@ pytestmark = pytest.mark.usefixtures("threads_idle")
 def test_where_no_thread_can_be_started_the_job_is_done_here(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def no_thread(pool: Any) -> None:
+    def no_thread(function: Any, args: Any) -> None:
         raise RuntimeError("can't start new thread")
 
     size = 3 * MiB
     threads_of_its_own = Threads(gevent.get_hub())
     monkeypatch.setitem(gevent.get_hub().__dict__, "_gsplice_threads", threads_of_its_own)
     with monkeypatch.context() as patch:
-        patch.setattr(gevent.threadpool.ThreadPool, "_add_thread", no_thread)
+        patch.setattr(workers, "_start_thread", no_thread)
         path = cold(tmp_path / "cold", size)
         with Ends(tmp_path) as ends, path.open("rb") as src, counting() as grown:
             sock, finish = ends.sink("bare_unix")
@@ -45,8 +44,8 @@ def test_where_no_thread_can_be_started_the_job_is_done_here(
     assert grown.offloads == 0
     assert threads_of_its_own._busy == 0
     assert not +threads_of_its_own._running
-    threads_of_its_own._pool.adjust()  # for what was left in its queue: nothing is done twice
-    until(lambda: not len(threads_of_its_own._pool))
+    assert threads_of_its_own.run((), lambda: 1, (), (), ()) == 1  # it has only this to do
+    assert not len(threads_of_its_own._workers)
 
 
 def test_one_filesystem_gets_half_of_the_threads_whatever_it_is_copied_to() -> None:

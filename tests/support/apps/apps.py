@@ -170,6 +170,12 @@ def upload() -> App:
             from werkzeug.wsgi import get_input_stream
 
             stream = get_input_stream(environ)
+        if "falcon" in path:
+            import falcon
+
+            stream = falcon.Request(environ).bounded_stream
+        if "django" in path:
+            stream = django_request(environ)
         before = gsplice.stats()
         error = None
         with tempfile.NamedTemporaryFile() as file:
@@ -195,6 +201,15 @@ def upload() -> App:
         return [answer]
 
     return app
+
+
+def django_request(environ: dict[str, Any]) -> Any:
+    from django.conf import settings
+    from django.core.handlers.wsgi import WSGIRequest
+
+    if not settings.configured:
+        settings.configure()
+    return WSGIRequest(environ)
 
 
 @functools.cache

@@ -1,12 +1,19 @@
-"""Calling a function as soon as somebody else has imported a module."""
+"""Calling a function as soon as somebody else has imported a module.
+
+It is not inside the package, and imports nothing, because :mod:`_gsplice_start` uses it before the
+program has begun.
+"""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
-from importlib.machinery import ModuleSpec
-from types import ModuleType
-from typing import Any, Final
+
+TYPE_CHECKING = False  # typing's own would have to be imported
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from importlib.machinery import ModuleSpec
+    from types import ModuleType
+    from typing import Any, Final
 
 #: The function to call, by the name of the module.
 _waiting: Final[dict[str, Callable[[], None]]] = {}
