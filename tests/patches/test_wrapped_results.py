@@ -174,30 +174,30 @@ def test_bytes_and_pieces_are_counted(serve: Any, path: Path, file: str) -> None
     assert grown.transfers == 1
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.few
 @pytest.mark.parametrize("inner", WRAPPERS)
 @pytest.mark.parametrize("outer", WRAPPERS)
 def test_two_around_each_other(serve: Any, path: Path, outer: str, inner: str) -> None:
+    """wsgiref.validate complains if those around it don't close it."""
+
     def make() -> Any:
         return WRAPPERS[outer](WRAPPERS[inner](Gunicorns(path.open("rb"))))
 
     with counting() as grown:
         answer = serve(make, SIZE).ask(request())
     assert split(answer)[2] == path.read_bytes()
-    assert grown.bytes_spliced > SIZE - 9000
+    assert grown.bytes_spliced > SIZE - 140_000  # Python 3.14 reads 128 KiB ahead
 
 
 @pytest.mark.parametrize("wrapper", WRAPPERS)
 def test_one_that_is_different_is_not_taken(path: Path, wrapper: str) -> None:
     with path.open("rb") as file:
-
-        def make() -> Any:
-            return WRAPPERS[wrapper](FileWrapper(file))
-
-        assert known(make())
-        result = make()
-        next(iter(result)) if isinstance(result, types.GeneratorType) else None
-        assert known(result) != isinstance(result, types.GeneratorType)  # it has begun
+        result = WRAPPERS[wrapper](FileWrapper(file))
+        assert known(result)
+        if isinstance(result, types.GeneratorType):
+            next(result)
+            assert not known(result)  # it has begun
         if hasattr(result, "__dict__"):
             result.counted = 0
             assert not known(result)
