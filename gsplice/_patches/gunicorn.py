@@ -15,10 +15,11 @@ from gevent.monkey import is_object_patched
 from .._counters import counters
 from .._ends.exact_type import by_name
 from .._ends.recognise import NotOurs, stream_socket
+from .._ends.small import SMALL_FILE
 from .._move.memory import read
 from .._move.move import move
 from .._move.transfer import Transfer
-from .wrapped_results import Pieces, look_through, may_be_wrapped
+from .wrapped_results import IN_MEMORY, Pieces, look_through
 from .wsgi_results import Part, file_of, find
 
 #: The methods that are replaced.
@@ -76,8 +77,9 @@ def _of_wrapped(response: Any, result: Any) -> Any:
     Else *result* itself, if nothing could be gained. Raises NotOurs if it is large, and not taken.
     """
     if (
-        not may_be_wrapped(result, getattr(response, "response_length", None))
+        type(result) in IN_MEMORY
         or not by_name(type(response), _RESPONSE)
+        or (response.response_length or 0) <= SMALL_FILE
         or _omits_body(response)
     ):
         return result

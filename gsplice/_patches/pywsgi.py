@@ -37,7 +37,7 @@ from .pywsgi_sends import (
     send_some,
     send_together,
 )
-from .wrapped_results import Pieces, look_through, may_be_wrapped
+from .wrapped_results import IN_MEMORY, Pieces, look_through
 from .wsgi_results import Part, file_of, find
 
 #: The methods that are replaced.
@@ -121,7 +121,7 @@ def replacements(handler_class: Any) -> SimpleNamespace:
             for data in in_fewer_pieces(self.result):
                 self.write(data)
             self.result = ()  # what is left to do for pywsgi is the end of the response
-        elif self.status and may_be_wrapped(self.result, _declared_length(self)):
+        elif self.status and type(self.result) not in IN_MEMORY and _is_large(self):
             with _most_sent_by_the_kernel(self, handler_class):
                 originals["process_result"](self)
             return
@@ -260,21 +260,22 @@ def _pieces_of_wrapped(handler: Any, handler_class: Any) -> Any:
     The result itself, if nothing could be gained. Raises NotOurs if it is large, and not taken.
     """
     result = handler.result
-    if _has_no_body(handler) or (wrapped := look_through(result)) is None:
-        return result
+    wrapped = look_through(result)
     length = _declared_length(handler)
-    if (
-        length is None
-        or handler.headers_sent
-        or overrides_a_sender(handler, handler_class)
-        or _is_encoded(handler)
-    ):
+    if wrapped is None or length is None:
+        return result
+    if handler.headers_sent or overrides_a_sender(handler, handler_class) or _is_encoded(handler):
         raise NotOurs("response")
 
     def send(transfer: Transfer) -> None:
         _move(handler, transfer)
 
     return Pieces(result, wrapped, stream_socket(handler.socket), length, send)
+
+
+def _is_large(handler: Any) -> bool:
+    length = _declared_length(handler)
+    return length is not None and length > SMALL_FILE and not _has_no_body(handler)
 
 
 def _has_no_body(handler: Any) -> bool:

@@ -26,7 +26,6 @@ from typing import Any, Final, NamedTuple
 from .._counters import counters
 from .._ends.exact_type import by_name, methods_unchanged
 from .._ends.recognise import NotOurs
-from .._ends.small import SMALL_FILE
 from .._move.memory import read
 from .._move.transfer import Transfer
 from .wsgi_results import Part, block_size, file_of, find, note_sent, sequence_of, skip_blocks
@@ -40,10 +39,11 @@ class _Wrapper(NamedTuple):
 
     #: What it iterates over. Raises if an instance looks different inside.
     inner: Callable[[Any], Any]
-    #: The attributes of every instance.
+    #: The attributes of every instance, if it is no generator.
     attributes: frozenset[str]
-    #: The method that yields, and the names that its code uses; others are another version.
-    method: str
+    #: The method that yields, or the module of a generator's function.
+    where: str
+    #: The names that its code uses: another version has others.
     names: frozenset[str]
     #: Have it count bytes, and pieces, that it has not seen.
     note: Callable[[Any, int, int], None] | None = None
@@ -118,21 +118,31 @@ _WRAPPERS: Final = {
     ),
 }
 
-#: Generators, by the name of their code: the module, what they iterate over, the names of the code.
+
+def _argument(generator: Any) -> Any:
+    return generator.gi_frame.f_locals["iterable"]
+
+
+#: Generators, by the name of their function, which is in a module.
 _GENERATORS: Final = {
     # opentelemetry-instrumentation-wsgi 0.40b0, 0.48b0, 0.55b0, 0.66b2
-    "_end_span_after_iterating": (
+    "_end_span_after_iterating": _Wrapper(
+        _argument,
+        frozenset(),
         "opentelemetry.instrumentation.wsgi",
-        "iterable",
         _words("trace use_span getattr end context detach"),
     ),
     # werkzeug 3.1.9; it only encodes strings, of which a file has none
-    "_iter_encoded": (
+    "_iter_encoded": _Wrapper(
+        _argument,
+        frozenset(),
         "werkzeug.wrappers.response",
-        "iterable",
         _words("isinstance str encode"),
     ),
 }
+
+#: What an application has in memory; nothing is wrapped around it.
+IN_MEMORY: Final = (list, tuple)
 
 
 class Wrapped(NamedTuple):
@@ -142,64 +152,62 @@ class Wrapped(NamedTuple):
     #: What iterates over the file, and how large its pieces are.
     iterator: Any
     piece: int
-    #: The wrappers that count, and how.
-    counting: list[tuple[Any, Callable[[Any, int, int], None]]]
-
-
-def may_be_wrapped(result: object, length: int | None) -> bool:
-    """Return whether it is worth looking inside *result*, for which *length* is declared."""
-    return type(result) not in (list, tuple) and length is not None and length > SMALL_FILE
+    #: What the tables have about those around it.
+    wrappers: list[tuple[Any, _Wrapper]]
 
 
 def look_through(result: object) -> Wrapped | None:
     """Return what *result* is wrapped around; None if that is in memory. Raises NotOurs."""
-    wrapped = Wrapped(Part(None), None, 0, [])
+    wrappers: list[tuple[Any, _Wrapper]] = []
     inner: Any = result
     try:
         for _ in range(DEPTH):
-            deeper = sequence_of(_unwrap(inner, wrapped))
-            if deeper is None:
+            wrapper, known = _known(inner)
+            if known is None:
                 break
-            inner = deeper
-        if type(inner) in (list, tuple):
+            wrappers.append((wrapper, known))
+            inner = sequence_of(known.inner(wrapper))
+        if type(inner) in IN_MEMORY:
             return None
-        part = None if inner is result else find(inner)
-        if part is not None:
-            return wrapped._replace(part=part, iterator=inner, piece=block_size(inner))
+        part = find(inner) if wrappers else None
+        if part is not None and all(_is_unchanged(*each) for each in wrappers):
+            return Wrapped(part, inner, block_size(inner), wrappers)
     except (AttributeError, KeyError, TypeError, ValueError):
         pass  # an unknown version
     raise NotOurs("result_type")
 
 
-def _unwrap(obj: Any, wrapped: Wrapped) -> Any:
-    """Return what *obj* iterates over, and add *obj* to those that count; None if it is unknown."""
+def _known(obj: Any) -> tuple[Any, _Wrapper | None]:
+    """Return the wrapper that yields when *obj* is iterated, and what is known of it, if anything.
+
+    That is *obj*, or what it is a method of, if it is a generator and has not begun.
+    """
     if type(obj) is GeneratorType:
         if inspect.getgeneratorstate(obj) != inspect.GEN_CREATED:
-            return None
-        code, frame = obj.gi_code, obj.gi_frame
-        known = _GENERATORS.get(code.co_name)
-        if frame is None or (known is None and code.co_name != "__iter__"):
-            return None
-        variables = frame.f_locals
-        if known is not None:
-            module, variable, names = known
-            function = getattr(sys.modules[module], code.co_name)
-            same = function.__code__ is code and names == set(code.co_names)
-            return variables[variable] if same else None
-        obj = variables["self"]
+            return obj, None
+        code = obj.gi_code
+        if code.co_name != "__iter__":
+            return obj, _GENERATORS.get(code.co_name)
+        frame: Any = obj.gi_frame
+        obj = frame.f_locals["self"]
         if type(obj).__iter__.__code__ is not code:
-            return None
-    cls = type(obj)
-    wrapper = by_name(cls, _WRAPPERS)
-    if wrapper is None or not methods_unchanged(obj, "__iter__", "__next__"):
-        return None
-    attributes = cls.__slots__ if "__slots__" in vars(cls) else vars(obj)
-    names = getattr(cls, wrapper.method).__code__.co_names
-    if wrapper.attributes != set(attributes) or wrapper.names != set(names):
-        return None
-    if wrapper.note is not None:
-        wrapped.counting.append((obj, wrapper.note))
-    return wrapper.inner(obj)
+            return obj, None
+    return obj, by_name(type(obj), _WRAPPERS)
+
+
+def _is_unchanged(wrapper: Any, known: _Wrapper) -> bool:
+    """Return whether *wrapper* looks inside as it did in the versions in which it was seen."""
+    cls = type(wrapper)
+    if cls is GeneratorType:
+        code = wrapper.gi_code
+        function = getattr(sys.modules[known.where], code.co_name)
+        return function.__code__ is code and known.names == set(code.co_names)
+    attributes = cls.__slots__ if "__slots__" in vars(cls) else vars(wrapper)
+    return (
+        methods_unchanged(wrapper, "__iter__", "__next__")
+        and known.attributes == set(attributes)
+        and known.names == set(getattr(cls, known.where).__code__.co_names)
+    )
 
 
 class Pieces:
@@ -285,5 +293,6 @@ class Pieces:
         finally:
             sent = transfer.delivered
             note_sent(iterator, sent)
-            for wrapper, note in self._wrapped.counting:
-                note(wrapper, sent, -(-sent // self._wrapped.piece))
+            for wrapper, known in self._wrapped.wrappers:
+                if known.note is not None:
+                    known.note(wrapper, sent, -(-sent // self._wrapped.piece))
