@@ -15,7 +15,7 @@ from conftest import file_of, receive_all
 from processes import EXCHANGES, MIDDLE, SIZE, Server, comparable, header, request, serving
 from slowfs import SlowFS
 
-KINDS = ["pywsgi", "gunicorn-gevent"]
+KINDS = ["pywsgi", "gunicorn-gevent", "gunicorn-gevent_pywsgi"]
 
 #: Each wrapper by itself around an application without one, Sentry's own integrations, and pairs.
 PATHS = [
@@ -201,3 +201,24 @@ def test_an_error_of_reading_is_seen_by_all(
             seen.append((head.partition(b"\r\n")[0], events(server)))
     assert seen[0] == seen[1]
     assert "Input/output error" in str(seen[0]) or "opentelemetry" in path
+
+
+@pytest.mark.few
+@pytest.mark.parametrize("headers", [[], [MIDDLE]])
+@pytest.mark.parametrize("kind", KINDS)
+def test_others_are_served_while_a_disk_is_waited_for(
+    tmp_path: Path, kind: str, headers: list[str]
+) -> None:
+    with SlowFS(tmp_path) as slow:
+        content = file_of(slow.directory / "file.bin", SIZE).read_bytes()
+        with serving(kind, slow.mount, True, "traced") as server:
+            server.ask(request("/none/flask/send_file", method="HEAD"))  # imports Flask
+            slow.hold("file.bin")
+            with server.connect() as sock:
+                sock.sendall(request("/none/flask/send_file", *headers))
+                while not slow.begun("file.bin"):
+                    pass
+                assert server.seen()["transfers"] == 0
+                slow.release("file.bin")
+                body = receive_all(sock).partition(b"\r\n\r\n")[2]
+    assert body == (content[200_001:700_001] if headers else content)
