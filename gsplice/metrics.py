@@ -63,6 +63,7 @@ REASONS: Final[Mapping[str, str]] = MappingProxyType(
         "file_to_pipe": "a file into a pipe is read and written",
         "arguments": "an offset or length that only the original can make sense of",
         "response": "a response or handler that needs every byte to pass through Python",
+        "result_type": "a large response in an iterable or wrapper of a type not known",
         "size": "the file is longer or shorter than its filesystem says",
         "no_pipe": "the pool had no pipe to lend",
         "refused": "the kernel, a filesystem or a sandbox would not, or a file gave an error",

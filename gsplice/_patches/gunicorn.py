@@ -15,9 +15,11 @@ from gevent.monkey import is_object_patched
 from .._counters import counters
 from .._ends.exact_type import by_name
 from .._ends.recognise import NotOurs, stream_socket
+from .._ends.small import SMALL_FILE
 from .._move.memory import read
 from .._move.move import move
 from .._move.transfer import Transfer
+from .wrapped_results import IN_MEMORY, Pieces, look_through
 from .wsgi_results import Part, file_of, find
 
 #: The methods that are replaced.
@@ -55,17 +57,45 @@ class _Application:
     def __call__(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Any:
         result = self._app(environ, start_response)
         part = find(result)
-        if (
-            part is None
-            or (part.length is None and by_name(type(result), _WRAPPER))
-            or not is_object_patched(self._owner, "handle_request")
-        ):
+        if part is not None and part.length is None and by_name(type(result), _WRAPPER):
             return result
+        if not is_object_patched(self._owner, "handle_request"):
+            return result
+        response = getattr(start_response, "__self__", None)
         try:
-            return _FilePart(getattr(start_response, "__self__", None), part, result)
+            if part is not None:
+                return _FilePart(response, part, result)
+            return _of_wrapped(response, result)
         except NotOurs as reason:
             counters.fell_back(reason.args[0])
             return result
+
+
+def _of_wrapped(response: Any, result: Any) -> Any:
+    """Return the pieces of *result*, most sent by the kernel, if a file is under wrappers in it.
+
+    Else *result* itself, if nothing could be gained. Raises NotOurs if it is large, and not taken.
+    """
+    if (
+        type(result) in IN_MEMORY
+        or not by_name(type(response), _RESPONSE)
+        or (response.response_length or 0) <= SMALL_FILE
+        or _omits_body(response)
+    ):
+        return result
+    wrapped = look_through(result)
+    if wrapped is None:
+        return result
+    if not _takes_all(response):
+        raise NotOurs("response")
+
+    def send(transfer: Transfer) -> None:
+        try:
+            move(transfer)
+        finally:
+            response.sent += transfer.delivered
+
+    return Pieces(result, wrapped, stream_socket(response.sock), response.response_length, send)
 
 
 class _FilePart:
@@ -117,10 +147,14 @@ def _takes_all(response: Any) -> bool:
     return (
         response.status is not None
         and response.response_length is not None
-        and response.req.method != "HEAD"
-        and not getattr(response, "_omits_body", False)  # newer than gunicorn 22
+        and not _omits_body(response)
         and not response.headers_sent
         and not response.is_chunked()
         and response.can_sendfile()
         and not response.cfg.is_ssl
     )
+
+
+def _omits_body(response: Any) -> bool:
+    # The attribute is newer than gunicorn 22.
+    return response.req.method == "HEAD" or getattr(response, "_omits_body", False)

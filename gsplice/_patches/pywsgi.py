@@ -7,7 +7,9 @@ gevent.pywsgi is not imported from here: it imports ssl, which must wait until
 
 from __future__ import annotations
 
+import contextlib
 import sys
+from collections.abc import Iterator
 from io import BufferedReader
 from os import SEEK_CUR, SEEK_SET
 from types import SimpleNamespace
@@ -35,6 +37,7 @@ from .pywsgi_sends import (
     send_some,
     send_together,
 )
+from .wrapped_results import IN_MEMORY, Pieces, look_through
 from .wsgi_results import Part, file_of, find
 
 #: The methods that are replaced.
@@ -118,6 +121,10 @@ def replacements(handler_class: Any) -> SimpleNamespace:
             for data in in_fewer_pieces(self.result):
                 self.write(data)
             self.result = ()  # what is left to do for pywsgi is the end of the response
+        elif self.status and type(self.result) not in IN_MEMORY and _is_large(self):
+            with _most_sent_by_the_kernel(self, handler_class):
+                originals["process_result"](self)
+            return
         originals["process_result"](self)
 
     def handle(self: Any) -> None:
@@ -201,11 +208,9 @@ def _send_small(handler: Any, part: Part) -> bool:
         type(file) is not BufferedReader
         or not handler.status
         or handler.headers_sent
-        or handler.command == "HEAD"
-        or handler.code < 200
-        or handler.code in (204, 304)
+        or _has_no_body(handler)
         or (part.start and part.whence == SEEK_CUR)
-        or b"transfer-encoding" in [name.lower() for name, _ in handler.response_headers]
+        or _is_encoded(handler)
     ):
         return False
     declared = _declared_length(handler)
@@ -235,6 +240,68 @@ def _send_small(handler: Any, part: Part) -> bool:
     return True
 
 
+@contextlib.contextmanager
+def _most_sent_by_the_kernel(handler: Any, handler_class: Any) -> Iterator[None]:
+    """If a file is under wrappers in the handler's result, have the kernel send most of it."""
+    result = handler.result
+    try:
+        handler.result = _pieces_of_wrapped(handler, handler_class)
+    except NotOurs as reason:
+        counters.fell_back(reason.args[0])
+    try:
+        yield
+    finally:
+        handler.result = result  # whose close() pywsgi calls
+
+
+def _pieces_of_wrapped(handler: Any, handler_class: Any) -> Any:
+    """Return the pieces of the handler's result, most of them sent by the kernel.
+
+    The result itself, if nothing could be gained. Raises NotOurs if it is large, and not taken.
+    """
+    result = handler.result
+    wrapped = look_through(result)
+    length = _declared_length(handler)
+    if wrapped is None or length is None:
+        return result
+    if handler.headers_sent or overrides_a_sender(handler, handler_class) or _is_encoded(handler):
+        raise NotOurs("response")
+
+    def send(transfer: Transfer) -> None:
+        _move(handler, transfer)
+
+    return Pieces(result, wrapped, stream_socket(handler.socket), length, send)
+
+
+def _is_large(handler: Any) -> bool:
+    length = _declared_length(handler)
+    return length is not None and length > SMALL_FILE and not _has_no_body(handler)
+
+
+def _has_no_body(handler: Any) -> bool:
+    return handler.command == "HEAD" or handler.code < 200 or handler.code in (204, 304)
+
+
+def _is_encoded(handler: Any) -> bool:
+    return b"transfer-encoding" in [name.lower() for name, _ in handler.response_headers]
+
+
+def _move(handler: Any, transfer: Transfer) -> None:
+    """Move what is left of the body, and count it as sent.
+
+    Lets out the errors of sending and reading, after recording those of the socket in the handler.
+    """
+    before = transfer.delivered
+    try:
+        move(transfer)
+    except OSError as err:
+        if not transfer.read_failed:
+            record(handler, err)
+        raise
+    finally:
+        handler.response_length += transfer.delivered - before
+
+
 class _FileResponse:
     """A response whose body is *part* of a plain file.
 
@@ -248,8 +315,7 @@ class _FileResponse:
             raise NotOurs("response")
         if handler.code < 200 or handler.code in (204, 304):
             raise NotOurs("response")  # none of these may have a body
-        headers = {name.lower() for name, _ in handler.response_headers}
-        if b"transfer-encoding" in headers:
+        if _is_encoded(handler):
             raise NotOurs("response")
         self._handler = handler
         dst = stream_socket(handler.socket)
@@ -336,10 +402,10 @@ class _FileResponse:
             send_together(handler, collect(handler, handler.write, first))
             transfer.count_delivered(len(first), "bytes_copied")
             if transfer.within_limit(1):
-                self._send_rest()
+                _move(handler, transfer)
         elif transfer.within_limit(1):
             self._send_headers()
-            self._send_rest()
+            _move(handler, transfer)
         else:
             handler.write(b"")  # the headers alone
         if not head and transfer.delivered < self._declared:
@@ -356,15 +422,3 @@ class _FileResponse:
             handler.response_length += sent
             if sent < len(piece):
                 handler._sendall(piece[sent:])
-
-    def _send_rest(self) -> None:
-        handler, transfer = self._handler, self._transfer
-        before = transfer.delivered
-        try:
-            move(transfer)
-        except OSError as err:
-            if not transfer.read_failed:
-                record(self._handler, err)
-            raise
-        finally:
-            handler.response_length += transfer.delivered - before

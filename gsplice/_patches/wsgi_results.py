@@ -15,13 +15,13 @@ from .._ends.exact_type import by_name
 from .._ends.file import File
 from .._ends.recognise import NotOurs, regular_file
 
-#: Iterables of all the pieces of a file, and the attribute in which they keep it.
+#: Iterables of all the pieces of a file, and the attributes with the file and a piece's size.
 _WRAPPERS: Final = {
-    ("gsplice._patches.pywsgi", "FileWrapper"): "filelike",
-    ("gunicorn.http.wsgi", "FileWrapper"): "filelike",
-    ("pyramid.response", "FileIter"): "file",
-    ("werkzeug.wsgi", "FileWrapper"): "file",
-    ("wsgiref.util", "FileWrapper"): "filelike",
+    ("gsplice._patches.pywsgi", "FileWrapper"): ("filelike", "blksize"),
+    ("gunicorn.http.wsgi", "FileWrapper"): ("filelike", "blksize"),
+    ("pyramid.response", "FileIter"): ("file", "block_size"),
+    ("werkzeug.wsgi", "FileWrapper"): ("file", "buffer_size"),
+    ("wsgiref.util", "FileWrapper"): ("filelike", "blksize"),
 }
 
 #: File objects that read only ``remaining`` bytes of another, and the attribute with that one.
@@ -81,10 +81,10 @@ def find(result: object) -> Part | None:
 
 
 def _whole(result: Any) -> Part | None:
-    attribute = _lookup(result, _WRAPPERS)
-    if attribute is None:
+    attributes = _lookup(result, _WRAPPERS)
+    if attributes is None:
         return None
-    file = getattr(result, attribute)
+    file = getattr(result, attributes[0])
     inner = None if type(file) is BufferedReader else _lookup(file, _BOUNDED)
     return Part(file) if inner is None else Part(getattr(file, inner), length=file.remaining)
 
@@ -104,14 +104,16 @@ def _app_iter_range(result: Any) -> Part | None:
 
 
 def _narrowed(iterable: Any, start: Any, whence: int, stop: Any) -> Part | None:
-    whole = _whole(_sequence_of(iterable))
+    whole = _whole(sequence_of(iterable))
     if whole is None or whole.length is not None:
         return None
     return Part(whole.file, start, whence, None if stop is None else stop - start)
 
 
-def _sequence_of(iterable: Any) -> Any:
+def sequence_of(iterable: Any) -> Any:
     """Return the sequence under *iterable*, if that is Python's sequence iterator, at its start.
+
+    None if it has begun; any other *iterable* as it is.
 
     gunicorn 22's wrapper has no ``__iter__``, so iter() of it is such an iterator.
     """
@@ -127,6 +129,52 @@ _RANGES: Final = {
     ("webob.response", "AppIterRange"): _app_iter_range,
     ("werkzeug.wsgi", "_RangeWrapper"): _range_wrapper,
 }
+
+
+def block_size(result: Any) -> int:
+    """Return in what pieces *result*, for which find() has found a part, reads its file."""
+    wrapper = _wrapper_in(result)
+    _, attribute = _WRAPPERS[type(wrapper).__module__, type(wrapper).__name__]
+    return max(1, int(getattr(wrapper, attribute)))
+
+
+def skip_blocks(result: Any) -> int:
+    """Have *result*, for which find() has found a range that it would read up to, begin later.
+
+    On entry it has not begun. Return by how many bytes later its file has to stand for that: these
+    are whole pieces of it, so that those that it yields are the same.
+    """
+    of_werkzeug = type(result).__name__ == "_RangeWrapper"
+    begin, end = ("start_byte", "end_byte") if of_werkzeug else ("start", "stop")
+    start, size = getattr(result, begin), block_size(result)
+    number: int = (start - 1) // size * size
+    setattr(result, begin, start - number)
+    if getattr(result, end) is not None:
+        setattr(result, end, getattr(result, end) - number)
+    return number
+
+
+def note_sent(result: Any, number: int) -> None:
+    """Have *result*, for which find() has found a part, go on after *number* more bytes.
+
+    Its file already stands behind them.
+    """
+    name = type(result).__name__
+    if name == "_RangeWrapper":
+        result.read_length += number
+        result.end_reached = result.end_byte is not None and result.read_length >= result.end_byte
+    elif name == "AppIterRange":
+        result._pos += number
+    else:
+        attribute, _ = _WRAPPERS[type(result).__module__, name]
+        file = getattr(result, attribute)
+        if (type(file).__module__, type(file).__name__) in _BOUNDED:
+            file.remaining -= number
+
+
+def _wrapper_in(result: Any) -> Any:
+    attribute = {"_RangeWrapper": "iterable", "AppIterRange": "app_iter"}.get(type(result).__name__)
+    return result if attribute is None else sequence_of(getattr(result, attribute))
 
 
 #: The names of all these types.

