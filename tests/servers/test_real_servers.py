@@ -171,6 +171,19 @@ def test_gunicorn_logs_what_was_sent(served: Path, tmp_path: Path) -> None:
     assert logs[0][0] == "/send_file:206:500000"
 
 
+def test_gunicorn_keeps_the_connection_after_half_of_a_file_open_for_writing(
+    servers: Any, served: Path
+) -> None:
+    """Unpatched, closing the file fails, and gunicorn closes the connection."""
+    asked = request("/writable/", close=False) + request("/writable/")
+    half = (served / "file.bin").read_bytes()[: SIZE // 2]
+    ours, sent = sendfile_grown(servers("gunicorn-gevent", True), asked)
+    theirs = servers("gunicorn-gevent", False).ask(request("/writable/", close=False))
+    for answer, times in ((ours, 2), (theirs, 1)):
+        assert answer.count(b"HTTP/1.1 200 OK") == answer.count(half) == times
+    assert sent == 2 * len(half)
+
+
 @pytest.mark.parametrize("exchange", ["whole", "If-Modified-Since", "HEAD", "HTTP/1.0"])
 def test_http_server(servers: Any, served: Path, exchange: str) -> None:
     ours, theirs = servers("http.server", True), servers("http.server", False)

@@ -56,6 +56,19 @@ def plain() -> App:
     return app
 
 
+def writable() -> App:
+    """Half of the file, in one that can be written as well."""
+
+    def app(environ: dict[str, Any], start_response: Callable[..., Any]) -> Any:
+        file = tempfile.NamedTemporaryFile()
+        shutil.copyfileobj(open(FILE, "rb"), file)
+        file.seek(0)
+        start_response("200 OK", [("Content-Length", str(os.path.getsize(FILE) // 2))])
+        return environ["wsgi.file_wrapper"](file)
+
+    return app
+
+
 def undeclared() -> App:
     """The same without its length."""
     app = plain()
@@ -216,6 +229,7 @@ def django_request(environ: dict[str, Any]) -> Any:
 def framework(name: str) -> App:
     makers = [
         plain,
+        writable,
         undeclared,
         wsgiref,
         flask,
