@@ -74,7 +74,7 @@ def traced(served: Path) -> Iterator[Callable[[str, bool], Server]]:
         yield get
 
 
-@pytest.mark.few
+@pytest.mark.few(6)
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_answers_and_the_events_are_the_same(traced: Any, kind: str, path: str) -> None:
@@ -170,7 +170,7 @@ def test_it_ends_when_the_body_has_been_sent_or_the_client_is_gone(
     assert seen[0] == seen[1]
 
 
-@pytest.mark.few
+@pytest.mark.few(3)
 @pytest.mark.parametrize(
     "path",
     [
@@ -203,7 +203,7 @@ def test_an_error_of_reading_is_seen_by_all(
     assert "Input/output error" in str(seen[0]) or "opentelemetry" in path
 
 
-@pytest.mark.few
+@pytest.mark.few(2)
 @pytest.mark.parametrize("headers", [[], [MIDDLE]])
 @pytest.mark.parametrize("kind", KINDS)
 def test_others_are_served_while_a_disk_is_waited_for(
