@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import http.client
 import io
 import sys
@@ -20,6 +21,7 @@ import urllib3
 from conftest import counting, file_of, some_bytes
 from ends import GUARD, KiB, MiB
 from gevent.monkey import get_original
+from unpatched import unpatched as everything_unpatched
 
 import gsplice
 from gsplice._patches import http_client
@@ -286,6 +288,56 @@ def test_a_connection_that_wants_to_see_the_pieces(tmp_path: Path) -> None:
     assert sum(pieces[1:]) == SIZE
     assert max(pieces) <= 64 * KiB
     assert grown.transfers == 0
+
+
+#: Methods that programs wrap, to log or to trace, and the clients that call them with a body.
+WRAPPED: dict[str, tuple[type, str]] = {
+    "send": (http.client.HTTPConnection, "send"),
+    "_send_output": (http.client.HTTPConnection, "_send_output"),
+    "urllib3's request": (urllib3.connection.HTTPConnection, "request"),
+}
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("client", ["http.client", "send", "urllib3"])
+@pytest.mark.parametrize("name", WRAPPED)
+def test_a_wrapper_of_a_method_sees_what_it_saw(
+    tmp_path: Path, client: str, name: str, when: str
+) -> None:
+    """Whether somebody has wrapped it before gsplice has replaced it, or after."""
+    path = file_of(tmp_path / "body", SIZE)
+    cls, method = WRAPPED[name]
+
+    @contextlib.contextmanager
+    def wrapped() -> Iterator[list[list[type]]]:
+        calls = []
+        original = getattr(cls, method)
+
+        @functools.wraps(original)
+        def wrapper(self: Any, *args: Any, **options: Any) -> Any:
+            calls.append([type(each) for each in (*args, *options.values())])
+            return original(self, *args, **options)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(cls, method, wrapper)
+            yield calls
+
+    def send_it() -> None:
+        with Server() as server, path.open("rb") as body:
+            CLIENTS[client](server, body, **{"Content-Length": str(SIZE)})
+            assert server.received[0].endswith(CONTENT)
+
+    if when == "after":
+        with wrapped() as ours:
+            send_it()
+    else:
+        with everything_unpatched(), wrapped() as ours:
+            gsplice.patch_all()
+            send_it()
+            gsplice.unpatch_all()
+    with everything_unpatched(), wrapped() as wanted:
+        send_it()
+    assert ours == wanted
 
 
 def test_debug_output_is_as_before(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
