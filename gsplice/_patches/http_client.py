@@ -130,7 +130,9 @@ def _sends_by_kernel(connection: Any, data: Any, original: Any) -> bool:
     if not is_known(type(data)) or connection.debuglevel > 0 or not _passes_files_on(original):
         return False
     try:
-        regular_file(data)
+        file = regular_file(
+            data
+        ).obj  # not a wrapper, which may have a mode that sendfile() refuses
         if connection.sock is None and connection.auto_open:
             connection.connect()
         if connection.sock is None:
@@ -140,5 +142,5 @@ def _sends_by_kernel(connection: Any, data: Any, original: Any) -> bool:
         counters.fell_back(reason.args[0])
         return False
     sys.audit("http.client.send", connection, data)
-    sendfile(connection.sock, data)
+    sendfile(connection.sock, file)
     return True

@@ -19,6 +19,7 @@ import pytest
 import requests
 import urllib3
 from conftest import counting, file_of, some_bytes
+from django.core.files.base import File as DjangoFile
 from ends import GUARD, KiB, MiB
 from gevent.monkey import get_original
 from unpatched import unpatched as everything_unpatched
@@ -182,6 +183,12 @@ def at_a_position(path: Path) -> Any:
     return file
 
 
+def of_another_mode(path: Path) -> Any:
+    file = DjangoFile(path.open("rb"))
+    file.mode = "r"
+    return file
+
+
 #: Files that go by the kernel, and how many of their bytes there are to send.
 FILES: dict[str, tuple[Callable[[Path], Any], int]] = {
     "file": (lambda path: path.open("rb"), SIZE),
@@ -189,6 +196,8 @@ FILES: dict[str, tuple[Callable[[Path], Any], int]] = {
     "read and write": (lambda path: path.open("r+b"), SIZE),
     "at a position": (at_a_position, SIZE - 1000),
     "NamedTemporaryFile": (named, SIZE),
+    "Django": (lambda path: DjangoFile(path.open("rb")), SIZE),
+    "of another mode": (of_another_mode, SIZE),
 }
 
 
