@@ -50,6 +50,8 @@ def copy_small_file(fsrc: Any, fdst: Any, length: int) -> bool:
     try:
         try:
             begin = fsrc.tell()
+            if not src.readable():  # the descriptor may be, all the same
+                return False
             number = os.preadv(src.fileno(), (buffer,), begin, RWF_NOWAIT)
             if not 0 < number <= SMALL_FILE or (length and 0 < length < number):
                 return False
@@ -66,9 +68,9 @@ def copy_small_file(fsrc: Any, fdst: Any, length: int) -> bool:
         fdst.write(data if is_file else bytes(data))
     finally:
         buffers.append(buffer)
-    if end % _PAGE and not is_written:  # else there may be pages that are not cached, or, if both
-        return True  # are one file, what has just been written
-    return _is_at_end(src, end)
+    # There may be pages that are not cached, what has just been written, if both are one file, and
+    # what others have appended while the socket was waited for.
+    return bool(end % _PAGE and is_file and not is_written) or _is_at_end(src, end)
 
 
 def _fits_buffer(fdst: Any, dst: Any, number: int) -> bool:

@@ -132,7 +132,8 @@ def replacements(handler_class: Any) -> SimpleNamespace:
         originals["handle"](self)
 
     def _write_with_headers(self: Any, data: Any) -> None:
-        if type(data) in (bytes, memoryview) and 0 < len(data) <= JOINED and joins(self):
+        # Of another type, the original may fail when it has sent the headers.
+        if type(data) is bytes and 0 < len(data) <= JOINED and joins(self):
             write = originals["_write_with_headers"]
             send_together(self, collect(self, write, self, data))
         else:
@@ -233,7 +234,10 @@ def _send_small(handler: Any, part: Part) -> bool:
             handler.provided_content_length = str(number)
             handler.response_headers.append((b"Content-Length", b"%d" % number))
         data = memoryview(buffer)[:number]
-        handler.write(data if joins(handler) else bytes(data))
+        if joins(handler):
+            send_together(handler, collect(handler, handler.write, data))
+        else:
+            handler.write(bytes(data))
     finally:
         buffers.append(buffer)
     counters.add_transfer("bytes_copied", number)

@@ -5,16 +5,18 @@ from __future__ import annotations
 import contextlib
 import errno
 import io
+import os
 import resource
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import gevent
 import pytest
 from bench import Bench
 from conftest import counting, receive_all, some_bytes
-from ends import Ends, KiB
+from ends import Ends, KiB, connection, is_waited_for, until
 from unpatched import unpatched_copyfileobj
 
 from gsplice._counters import MOST_NEW_REASONS
@@ -96,6 +98,36 @@ def test_after_an_error_the_source_is_where_the_original_leaves_it(
             left.append((caught.value.errno, src.tell()))
     assert left[0] == left[1]
     assert left[0][0] == errno.ENOSPC
+
+
+def test_a_file_that_is_not_open_for_reading(tmp_path: Path) -> None:
+    """Its descriptor is."""
+    path = tmp_path / "source"
+    path.write_bytes(bytes(1000))
+    for copy in (unpatched_copyfileobj, shutil.copyfileobj):
+        with io.FileIO(os.open(path, os.O_RDWR), "w") as src, open(tmp_path / "copy", "wb") as dst:
+            with pytest.raises(io.UnsupportedOperation, match="not open for reading"):
+                copy(src, dst)
+            assert dst.tell() == src.tell() == 0
+
+
+def test_what_is_appended_while_the_socket_is_waited_for(tmp_path: Path) -> None:
+    path = tmp_path / "source"
+    for copy in (unpatched_copyfileobj, shutil.copyfileobj):
+        path.write_bytes(bytes(60_001))
+        sock, peer = connection(buffers=4 * KiB)
+
+        def copy_it(sock: Any = sock, copy: Callable[..., None] = copy) -> None:
+            with sock, sock.makefile("wb") as sink, path.open("rb") as src:
+                copy(src, sink)
+
+        copying = gevent.spawn(copy_it)
+        until(lambda sock=sock: is_waited_for(sock, "write"))  # type: ignore[misc]
+        with path.open("ab") as file:
+            file.write(b"more")
+        with peer:
+            assert receive_all(peer) == bytes(60_001) + b"more"
+        copying.get()
 
 
 def test_with_offload_always_nothing_is_read_on_the_hub(

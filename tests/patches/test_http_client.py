@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import http.client
 import io
 import sys
@@ -18,8 +19,10 @@ import pytest
 import requests
 import urllib3
 from conftest import counting, file_of, some_bytes
+from django.core.files.base import File as DjangoFile
 from ends import GUARD, KiB, MiB
 from gevent.monkey import get_original
+from unpatched import unpatched as everything_unpatched
 
 import gsplice
 from gsplice._patches import http_client
@@ -180,6 +183,12 @@ def at_a_position(path: Path) -> Any:
     return file
 
 
+def of_another_mode(path: Path) -> Any:
+    file = DjangoFile(path.open("rb"))
+    file.mode = "r"
+    return file
+
+
 #: Files that go by the kernel, and how many of their bytes there are to send.
 FILES: dict[str, tuple[Callable[[Path], Any], int]] = {
     "file": (lambda path: path.open("rb"), SIZE),
@@ -187,6 +196,8 @@ FILES: dict[str, tuple[Callable[[Path], Any], int]] = {
     "read and write": (lambda path: path.open("r+b"), SIZE),
     "at a position": (at_a_position, SIZE - 1000),
     "NamedTemporaryFile": (named, SIZE),
+    "Django": (lambda path: DjangoFile(path.open("rb")), SIZE),
+    "of another mode": (of_another_mode, SIZE),
 }
 
 
@@ -286,6 +297,56 @@ def test_a_connection_that_wants_to_see_the_pieces(tmp_path: Path) -> None:
     assert sum(pieces[1:]) == SIZE
     assert max(pieces) <= 64 * KiB
     assert grown.transfers == 0
+
+
+#: Methods that programs wrap, to log or to trace, and the clients that call them with a body.
+WRAPPED: dict[str, tuple[type, str]] = {
+    "send": (http.client.HTTPConnection, "send"),
+    "_send_output": (http.client.HTTPConnection, "_send_output"),
+    "urllib3's request": (urllib3.connection.HTTPConnection, "request"),
+}
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("client", ["http.client", "send", "urllib3"])
+@pytest.mark.parametrize("name", WRAPPED)
+def test_a_wrapper_of_a_method_sees_what_it_saw(
+    tmp_path: Path, client: str, name: str, when: str
+) -> None:
+    """Whether somebody has wrapped it before gsplice has replaced it, or after."""
+    path = file_of(tmp_path / "body", SIZE)
+    cls, method = WRAPPED[name]
+
+    @contextlib.contextmanager
+    def wrapped() -> Iterator[list[list[type]]]:
+        calls = []
+        original = getattr(cls, method)
+
+        @functools.wraps(original)
+        def wrapper(self: Any, *args: Any, **options: Any) -> Any:
+            calls.append([type(each) for each in (*args, *options.values())])
+            return original(self, *args, **options)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(cls, method, wrapper)
+            yield calls
+
+    def send_it() -> None:
+        with Server() as server, path.open("rb") as body:
+            CLIENTS[client](server, body, **{"Content-Length": str(SIZE)})
+            assert server.received[0].endswith(CONTENT)
+
+    if when == "after":
+        with wrapped() as ours:
+            send_it()
+    else:
+        with everything_unpatched(), wrapped() as ours:
+            gsplice.patch_all()
+            send_it()
+            gsplice.unpatch_all()
+    with everything_unpatched(), wrapped() as wanted:
+        send_it()
+    assert ours == wanted
 
 
 def test_debug_output_is_as_before(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

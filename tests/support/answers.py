@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from array import array
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -100,6 +101,14 @@ APPS: dict[str, App] = {
     "bytearrays": answering(lambda: [bytearray(b"body"), memoryview(b"and more")]),
     "bytes of its own": answering(lambda: [OwnBytes(b"body"), OwnBytes(b"and more")]),
     "views": answering(lambda: iter([memoryview(b"body"), bytearray(b"and more")])),
+    "views of other shapes": answering(
+        lambda: iter([memoryview(array("Q", range(100))), memoryview(bytes(9)).cast("B", (3, 3))]),
+        ("Content-Length", "809"),
+    ),
+    "a view with gaps": answering(
+        lambda: iter([memoryview(LARGE)[:1000:2]]), ("Content-Length", "500")
+    ),
+    "chunked, a view with gaps": answering(lambda: iter([memoryview(LARGE)[:1000:2]])),
     "a number": answering(lambda: iter([b"body", 5]), ("Content-Length", "9")),
     "first a string": answering(lambda: ["body", b"and more"]),
     "second a string": answering(lambda: [b"body", "and more"]),
