@@ -19,13 +19,25 @@ from .transfer import Transfer
 #: Most bytes read at once.
 READ_SIZE: Final = 64 * KiB
 
-#: Free buffers; whoever uses one takes it out. A new one costs as much as reading so much.
-buffers: Final[list[bytearray]] = []
+#: Free buffers. A new one costs as much as reading so much.
+_buffers: Final[list[bytearray]] = []
+
+#: How many we keep: few are in use at once but where clients are slow, and there may be thousands.
+MOST_BUFFERS: Final = 16
 
 
-def new_buffer() -> bytearray:
+def take_buffer() -> bytearray:
     """Return a buffer with room for READ_SIZE bytes, and one to find out that there are more."""
-    return bytearray(READ_SIZE + 1)
+    try:
+        return _buffers.pop()
+    except IndexError:
+        return bytearray(READ_SIZE + 1)
+
+
+def leave_buffer(buffer: bytearray) -> None:
+    """Keep *buffer*, which nobody uses any more, for the next one who takes one."""
+    if len(_buffers) < MOST_BUFFERS:
+        _buffers.append(buffer)
 
 
 def through_memory(transfer: Transfer) -> None:
@@ -34,10 +46,10 @@ def through_memory(transfer: Transfer) -> None:
     On entry neither object has anything buffered. On exit, also by an error, the source's offset is
     after the last byte delivered. Lets out what :func:`read` and :func:`write` do.
     """
-    buffer = buffers.pop() if buffers else new_buffer()
+    buffer = take_buffer()
     while piece_through_memory(transfer, memoryview(buffer)):
         pass
-    buffers.append(buffer)  # not after an error: a thread may still write from it
+    leave_buffer(buffer)  # not after an error: a thread may still write from it
 
 
 def piece_through_memory(transfer: Transfer, buffer: memoryview | None = None) -> bool:

@@ -17,7 +17,7 @@ from .._ends.recognise import is_socket_writer
 from .._ends.small import SMALL_FILE
 from .._os.linux import RWF_NOWAIT
 from ..config import settings
-from .memory import buffers, new_buffer
+from .memory import leave_buffer, take_buffer
 
 #: A read from the page cache that meets a page which is not there stops before it.
 _PAGE: Final = 4096
@@ -46,7 +46,7 @@ def copy_small_file(fsrc: Any, fdst: Any, length: int) -> bool:
     for obj in (fsrc, src, fdst, dst):
         if not FILE_METHODS.isdisjoint(obj.__dict__):
             return False
-    buffer = buffers.pop() if buffers else new_buffer()
+    buffer = take_buffer()
     try:
         try:
             begin = fsrc.tell()
@@ -67,7 +67,7 @@ def copy_small_file(fsrc: Any, fdst: Any, length: int) -> bool:
         # Only a file is known to be done with its argument when it returns.
         fdst.write(data if is_file else bytes(data))
     finally:
-        buffers.append(buffer)
+        leave_buffer(buffer)
     # There may be pages that are not cached, what has just been written, if both are one file, and
     # what others have appended while the socket was waited for.
     return bool(end % _PAGE and is_file and not is_written) or _is_at_end(src, end)

@@ -38,6 +38,7 @@ PATIENCE: Final = 1
 BRISK: Final = 64 * KiB
 
 _new_poll: Callable[[], Any] = get_original("select", "poll")
+_get_ident: Callable[[], int] = get_original("_thread", "get_ident")
 
 
 def write_on_thread(
@@ -174,7 +175,7 @@ def _drain_and_fill(
 class _RevocableSocket(LentSocket):
     """A socket from which a thread may take bytes for as long as its greenlet waits."""
 
-    __slots__ = ("_dst", "_there", "_waits", "failure", "position", "remaining", "taken")
+    __slots__ = ("_dst", "_hub", "_there", "_waits", "failure", "position", "remaining", "taken")
 
     def __init__(self, src: Socket, dst: File, most: int) -> None:
         super().__init__(src)
@@ -184,6 +185,8 @@ class _RevocableSocket(LentSocket):
         #: How many bytes may still be taken, and how many have been.
         self.remaining, self.taken = most, 0
         self._waits = 0
+        #: The thread that must not wait. It does the job where no other can be started.
+        self._hub = _get_ident()
         #: The socket's error (minus its errno), or 0.
         self.failure = 0
         #: Where in the file the bytes taken last belong.
@@ -193,14 +196,16 @@ class _RevocableSocket(LentSocket):
         """Splice from the socket into *pipe*, which is empty; return how many bytes.
 
         On exit the position of the file *dst_fd* has been moved past them, from :attr:`position`.
-        Waits for PATIENCE if the sender is brisk, of whom *written* bytes have been written so far.
+        Waits for PATIENCE, but not on the hub, if the sender is brisk, of whom *written* bytes have
+        been written so far.
         Returns 0 if no bytes are ready then, the limit is reached, the greenlet stopped waiting, an
         end is closed, or splice(2) failed (see :attr:`failure`). Raises nothing.
         """
         if self.taken >= self._there and self._dst.raw.closed:
             return 0
         filled = self._fill_now(pipe, dst_fd)
-        if filled == NOT_NOW and written > (self._waits + 1) * BRISK and self._wait():
+        is_brisk = written > (self._waits + 1) * BRISK
+        if filled == NOT_NOW and is_brisk and _get_ident() != self._hub and self._wait():
             filled = self._fill_now(pipe, dst_fd)
         return max(0, filled)
 

@@ -18,7 +18,7 @@ from typing import Any, Final
 from .._counters import counters
 from .._ends.recognise import NotOurs, stream_socket
 from .._ends.small import SMALL_FILE
-from .._move.memory import buffers, new_buffer, read
+from .._move.memory import leave_buffer, read, take_buffer
 from .._move.move import move
 from .._move.small_read import read_small
 from .._move.transfer import Transfer
@@ -223,7 +223,7 @@ def _send_small(handler: Any, part: Part) -> bool:
     count = part.length if declared is None else declared
     if count is not None and count > SMALL_FILE:
         return False
-    buffer = buffers.pop() if buffers else new_buffer()
+    buffer = take_buffer()
     try:
         offset = part.start if part.whence == SEEK_SET else None
         position, number = read_small(file, offset, count, buffer)
@@ -239,7 +239,7 @@ def _send_small(handler: Any, part: Part) -> bool:
         else:
             handler.write(bytes(data))
     finally:
-        buffers.append(buffer)
+        leave_buffer(buffer)
     counters.add_transfer("bytes_copied", number)
     return True
 

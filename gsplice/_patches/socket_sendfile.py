@@ -12,7 +12,7 @@ from gevent.socket import socket as GeventSocket
 
 from .._counters import counters
 from .._ends.recognise import NotOurs, is_known, regular_file, stream_socket
-from .._move.memory import buffers, new_buffer, through_memory
+from .._move.memory import leave_buffer, take_buffer, through_memory
 from .._move.move import move, move_inside_kernel
 from .._move.small_read import read_small
 from .._move.transfer import Transfer
@@ -85,7 +85,7 @@ def _send_small(sock: Any, file: Any, offset: int, count: int | None) -> int | N
         or type(offset) is not int
     ):
         return None
-    buffer = buffers.pop() if buffers else new_buffer()
+    buffer = take_buffer()
     try:
         position, number = read_small(file, offset or None, count, buffer)
         if not number:
@@ -98,7 +98,7 @@ def _send_small(sock: Any, file: Any, offset: int, count: int | None) -> int | N
             file.seek(position)
             raise
     finally:
-        buffers.append(buffer)
+        leave_buffer(buffer)
     file.seek(position + sent)
     counters.add_transfer("bytes_copied", sent)
     return sent if sent == number else _send(sock, file, position + sent, count, sent)

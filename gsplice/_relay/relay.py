@@ -180,7 +180,7 @@ class _Both:
             self._there.finish()
             self._back.finish()
         except OSError as err:
-            if self._send_error not in (None, err):
+            if self._send_error not in (None, err) and self._there.began_here():
                 raise self._send_error from err
             raise
         finally:

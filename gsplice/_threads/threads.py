@@ -36,7 +36,7 @@ def threads() -> Threads | None:
     """Return the threads of this greenlet's hub; None where a job is to be done without one.
 
     That is where ``offload`` is "never", where no other greenlet could run meanwhile, and as long
-    as no descriptor is left to import gevent's thread pool with.
+    as no descriptor is left for a watcher.
     """
     hub = None if settings.offload == "never" else hub_to_serve()
     if hub is None:
@@ -113,8 +113,6 @@ class Threads:
         self.waiting.add(greenlet)
         try:
             self._wait_for_slot(used)
-            if begin is not None:
-                begin()
             task = Job(job, fds, args, resources)
             ended: Any = Waiter(self._hub)
 
@@ -126,16 +124,16 @@ class Threads:
                     ended.throw(error)
 
             try:
-                self._workers.start(task, end)
-            except (RuntimeError, MemoryError):
-                self._free_slot(used)
-                return answer_of_job(job, *fds, *args)
-            counters.add("offloads", 1)
-            try:
-                return ended.get()
-            except BaseException:
+                if begin is not None:
+                    begin()
+                if self._workers.start(task, end):
+                    counters.add("offloads", 1)
+                    return ended.get()
+            except BaseException:  # from a signal handler it may come on any line
                 task.give_up()
                 raise
+            self._free_slot(used)
+            return answer_of_job(job, *fds, *args)
         finally:
             self.waiting.discard(greenlet)
 

@@ -47,21 +47,22 @@ class Workers:
         """Return how many jobs have not ended."""
         return self._unfinished
 
-    def start(self, job: Callable[[], Any], then: Then) -> None:
+    def start(self, job: Callable[[], Any], then: Then) -> bool:
         """Have a thread call *job*, and the hub *then*. Called on the hub; does not wait.
 
-        Lets out RuntimeError or MemoryError if there is no thread and none can be started; then
-        neither will be called.
+        Returns False if there is no thread and none can be started; then neither will be called.
         """
+        self._unfinished += 1  # before a thread has the job, whatever a signal handler raises here
+        self._watcher.ref = True  # the hub must not end for want of events
         self._queue.put((job, then))
-        if self._unfinished >= len(self._alive):
+        if self._unfinished > len(self._alive):
             try:
                 self._start_thread()
             except (RuntimeError, MemoryError):
                 if not self._alive and self._take_back():
-                    raise
-        self._unfinished += 1
-        self._watcher.ref = True  # the hub must not end for want of events
+                    self._note_ended()
+                    return False
+        return True
 
     def _start_thread(self) -> None:
         self._alive.append(None)
@@ -85,8 +86,11 @@ class Workers:
         Not from here: under libuv no greenlet may run, and close a watcher, in this callback.
         """
         while self._done:
-            self._unfinished -= 1
+            self._note_ended()
             self._loop.run_callback(*self._done.popleft())
+
+    def _note_ended(self) -> None:
+        self._unfinished -= 1
         if not self._unfinished:
             self._watcher.ref = False
 

@@ -15,12 +15,12 @@ from typing import Any
 import gevent
 import pytest
 from bench import Bench
-from conftest import counting, receive_all, some_bytes
-from ends import Ends, KiB, connection, is_waited_for, until
+from conftest import counting, file_of, receive_all, some_bytes
+from ends import GUARD, Ends, KiB, connection, is_waited_for, until
 from unpatched import unpatched_copyfileobj
 
 from gsplice._counters import MOST_NEW_REASONS
-from gsplice._move import small_file
+from gsplice._move import memory, small_file
 from gsplice.config import settings
 
 SIZES = [1, 1000, 4 * KiB - 1, 4 * KiB, 4 * KiB + 1, 8 * KiB, 16 * KiB, 64 * KiB - 1, 64 * KiB]
@@ -160,3 +160,21 @@ def test_fallbacks_of_several_threads_are_all_counted(bench: Bench) -> None:
         for thread in [bench.in_thread(fall_back) for _ in range(4)]:
             thread.get()
     assert grown.fallbacks == {"source_type": 4 * each}
+
+
+def test_slow_clients_leave_few_buffers(tmp_path: Path) -> None:
+    """Each has one as long as it is served."""
+    path = file_of(tmp_path / "small", 60 * KiB)
+    number = 2 * memory.MOST_BUFFERS
+    with Ends(tmp_path, buffers=4 * KiB) as ends, contextlib.ExitStack() as files:
+        pairs = [ends.connect("unix") for _ in range(number)]
+        moving = [
+            ends.spawn(sock.sendfile, files.enter_context(path.open("rb"))) for sock, _ in pairs
+        ]
+        until(lambda: all(is_waited_for(sock) for sock, _ in pairs))
+        receiving = [ends.spawn(receive_all, peer) for _, peer in pairs]
+        assert [one.get(timeout=GUARD) for one in moving] == [60 * KiB] * number
+        for sock, _ in pairs:
+            sock.close()
+        assert {one.get(timeout=GUARD) for one in receiving} == {some_bytes(60 * KiB)}
+    assert len(memory._buffers) <= memory.MOST_BUFFERS

@@ -25,12 +25,14 @@ from gevent.monkey import get_original
 from slowfs import SlowFS
 
 import gsplice
-from gsplice._ends import recognise
+from gsplice._ends import page_cache, recognise
 from gsplice._ends.socket import Socket
 from gsplice._move import to_disk
 from gsplice._move.move import move
 from gsplice._move.to_disk import _RevocableSocket
 from gsplice._move.transfer import Transfer
+from gsplice._threads import workers
+from gsplice._threads.threads import Threads
 
 waitpid = get_original("os", "waitpid")  # gevent's may lose a child under libuv
 
@@ -321,6 +323,33 @@ def test_the_thread_waits_a_moment_for_a_brisk_sender(
         assert held.moving.get(timeout=GUARD) == held.dst.tell() == 3 * len(DATA)
         assert held.written() == 3 * DATA
     assert grown.offloads == 1 + CLOSING
+
+
+def test_where_no_thread_can_be_started_nobody_waits_for_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The hub does the job then, and it is the hub that brings more."""
+
+    def no_thread(function: Any, args: Any) -> None:
+        raise RuntimeError("can't start new thread")
+
+    hub = gevent.get_hub()
+    monkeypatch.setitem(hub.__dict__, "_gsplice_threads", Threads(hub))
+    monkeypatch.setattr(workers, "_start_thread", no_thread)
+    monkeypatch.setattr(page_cache, "BIG_WRITE", 0)
+    monkeypatch.setattr(to_disk, "_new_poll", lambda: pytest.fail("the hub waits"))
+    with Ends(tmp_path) as ends, counting() as grown:
+        sock, peer = ends.connect("unix")
+        dst, finish = ends.sink("file")
+        moving = ends.spawn(gsplice.copy, sock, dst)
+        peer.sendall(DATA)
+        until(lambda: is_waited_for(sock, "read"))
+        peer.sendall(DATA)
+        peer.shutdown(socket.SHUT_WR)
+        assert moving.get(timeout=GUARD) == 2 * len(DATA)
+        assert finish() == 2 * DATA
+    assert grown.bytes_spliced == 2 * len(DATA)
+    assert grown.offloads == 0
 
 
 @pytest.mark.usefixtures("quiet")

@@ -73,6 +73,58 @@ def test_idle_threads_end() -> None:
     until(lambda: native_threads() <= before)
 
 
+def test_a_job_is_given_up_whatever_line_a_signal_handler_raises_on() -> None:
+    """It does not begin after that; or, if it is under way, it is left what it uses."""
+    program = """
+import sys, gevent, gsplice
+from gevent.monkey import get_original
+from gsplice._threads.threads import Threads
+from gsplice._threads.workers import Workers
+class Stop(BaseException):
+    pass
+class Kept:
+    left_to_thread = False
+    def leave_to_thread(self):
+        self.left_to_thread = True
+    def close(self):
+        pass
+interrupted = {code: set() for code in (Threads.run.__code__, Workers.start.__code__)}
+def stop_at_a_new_line(frame, event, arg):
+    lines = interrupted.get(frame.f_code)
+    if lines is None or at_once.ready():
+        return None
+    if event == 'line' and frame.f_lineno not in lines:
+        lines.add(frame.f_lineno)
+        raise Stop
+    return stop_at_a_new_line
+hub = gevent.get_hub()
+stopped = True
+while stopped:
+    threads, kept, begun = Threads(hub), Kept(), []
+    threads._workers._idle = 0.0
+    gate = get_original('threading', 'Event')()
+    at_once = gevent.spawn(gate.set)  # when the greenlet waits, that is
+    def job():
+        begun.append(True)
+        gate.wait(30)
+    stopped = False
+    sys.settrace(stop_at_a_new_line)
+    try:
+        threads.run((), job, (), (), (kept,))
+    except Stop:
+        stopped = True
+    finally:
+        sys.settrace(None)
+    at_once.join()
+    with gevent.Timeout(30):
+        while threads._workers._alive:
+            gevent.sleep(0.001)
+    assert kept.left_to_thread == bool(begun and stopped), interrupted
+assert min(map(len, interrupted.values())) > 4, interrupted
+"""
+    assert run_program(program) == ""
+
+
 def test_the_loop_runs_while_a_job_does() -> None:
     """Although nothing else is to come; and no longer."""
     program = """
