@@ -101,9 +101,11 @@ def filesystems_known(some_types: dict[int, tuple[int | None, float]]) -> None:
 
 @pytest.fixture(autouse=True)
 def no_pipe_lost() -> Iterator[None]:
-    """No test leaves a pipe lent out."""
+    """No test leaves a pipe lent out, but for one that a thread is about to close."""
     yield
-    assert gsplice.stats().pipes_in_use == 0
+    with gevent.Timeout(10):
+        while gsplice.stats().pipes_in_use:
+            gevent.sleep(0.001)
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -131,6 +131,7 @@ def not_acknowledged(sock: Any) -> int:
 ANSWER = b"HTTP/1.1 413 Content Too Large\r\n\r\n" + some_bytes(1 * MiB)
 
 
+@pytest.mark.few(6)
 @pytest.mark.parametrize("through_methods", [False, True])
 @pytest.mark.parametrize("side", ["client", "server"])
 @pytest.mark.parametrize("kinds", KINDS)

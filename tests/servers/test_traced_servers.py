@@ -74,7 +74,7 @@ def traced(served: Path) -> Iterator[Callable[[str, bool], Server]]:
         yield get
 
 
-@pytest.mark.few(6)
+@pytest.mark.few(4)
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_answers_and_the_events_are_the_same(traced: Any, kind: str, path: str) -> None:
