@@ -75,7 +75,7 @@ def _at_least_one(name: str, value: object) -> int:
 def _seconds(name: str, value: object) -> float:
     try:
         number = float(value) if isinstance(value, (int, float, str)) else -1.0
-    except ValueError:
+    except (ValueError, OverflowError):
         number = -1.0
     if not 0 <= number <= _MOST or isinstance(value, bool):
         raise ValueError(f"{name} must be a number of seconds from 0 to {_MOST}, not {value!r}")

@@ -194,7 +194,9 @@ def test_idle_timeout(number: Any) -> None:
 
 @pytest.mark.few
 @numbers
-@pytest.mark.parametrize("name", [n for n in Settings._checks if n not in ("offload", "patch_all")])
+@pytest.mark.parametrize(
+    "name", [n for n in Settings._checks if n not in ("offload", "patch_all", "report")]
+)
 def test_settings(name: str, number: Any) -> None:
     settings = Settings({})
     whole = isinstance(number, int) and not isinstance(number, bool)
@@ -204,6 +206,18 @@ def test_settings(name: str, number: Any) -> None:
     elif number not in ("1",):
         with pytest.raises(ValueError, match=name):
             setattr(settings, name, number)
+
+
+@numbers
+def test_seconds_between_reports(number: Any) -> None:
+    settings = Settings({})
+    real = isinstance(number, int | float) and not isinstance(number, bool)
+    if (real and 0 <= number <= 1 << 30) or number == "1":
+        settings.report = number
+        assert settings.report == float(number)
+    else:
+        with pytest.raises(ValueError, match="report"):
+            settings.report = number
 
 
 # ---- Content-Length
