@@ -248,9 +248,14 @@ def test_headers_and_file_share_a_segment(serve: Any, tmp_path: Path, size: int)
         start_response("200 OK", [length])
         return [path.read_bytes()]
 
-    ours = segments(serve(file_app(path, length)), size)
+    def least(app: Any) -> int:
+        """A segment may be split on the way, when the client is slow to read."""
+        server = serve(app)
+        return min(segments(server, size) for _ in range(10))
+
+    ours = least(file_app(path, length))
     with nothing_patched():
-        assert ours == segments(serve(all_at_once), size) - 1
+        assert ours == least(all_at_once) - 1
 
 
 @pytest.mark.parametrize("size", [1000, BIG])
