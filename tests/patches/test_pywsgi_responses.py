@@ -248,14 +248,14 @@ def test_headers_and_file_share_a_segment(serve: Any, tmp_path: Path, size: int)
         start_response("200 OK", [length])
         return [path.read_bytes()]
 
-    def least(app: Any) -> int:
-        """A segment may be split on the way, when the client is slow to read."""
+    def in_ten(app: Any) -> int:
         server = serve(app)
-        return min(segments(server, size) for _ in range(10))
+        return sum(segments(server, size) for _ in range(10))
 
-    ours = least(file_app(path, length))
+    ours = in_ten(file_app(path, length))
     with nothing_patched():
-        assert ours == least(all_at_once) - 1
+        # One less each time, but for those that are split on the way, as the client is slow to read.
+        assert ours <= in_ten(all_at_once) - 5
 
 
 @pytest.mark.parametrize("size", [1000, BIG])
