@@ -254,7 +254,7 @@ def test_headers_and_file_share_a_segment(serve: Any, tmp_path: Path, size: int)
 
     ours = in_ten(file_app(path, length))
     with nothing_patched():
-        # One less each time, but for those that are split on the way, as the client is slow to read.
+        # One less each time, but for those that are split on the way: the client may be slow.
         assert ours <= in_ten(all_at_once) - 5
 
 
