@@ -39,7 +39,7 @@ from gsplice._ends.page_cache import Residency
 from gsplice._move.account import PIECE
 from gsplice.config import settings
 
-sys.path.append(str(Path(__file__).parents[1] / "tests"))
+sys.path.append(str(Path(__file__).parents[1] / "tests" / "support"))
 from slowfs import SlowFS
 
 DELAY = 0.05
