@@ -96,8 +96,8 @@ class AroundBody(Body):
             self._inner.leave_source()
 
 
-class WerkzeugStream(AroundBody):
-    """What remains of a ``werkzeug.wsgi.LimitedStream``, which Flask has, too."""
+class LimitedStream(AroundBody):
+    """What remains of a ``LimitedStream``: Django's is made after werkzeug's, and counts alike."""
 
     __slots__ = ()
 
@@ -106,16 +106,22 @@ class WerkzeugStream(AroundBody):
         """Return how many bytes *obj* says that remain at the most."""
         return obj.limit - obj._pos  # type: ignore[no-any-return]
 
+    def count(self, number: int) -> None:
+        """Count as ``read()`` does."""
+        self._stream._pos += number
+
+
+class WerkzeugStream(LimitedStream):
+    """What remains of a ``werkzeug.wsgi.LimitedStream``, which Flask has, too."""
+
+    __slots__ = ()
+
     @staticmethod
     def inner_of(obj: Any) -> Any | None:
         """Return what *obj* reads from; None if a method was replaced, or it is closed."""
         methods = ("read", "readinto", "on_exhausted", "on_disconnect")
         plain = methods_unchanged(obj, *methods) and not obj.closed
         return obj._stream if plain else None
-
-    def count(self, number: int) -> None:
-        """Count as ``read()`` does."""
-        self._stream._pos += number
 
     @contextlib.contextmanager
     def errors(self) -> Iterator[None]:
@@ -148,15 +154,10 @@ class FalconStream(AroundBody):
         self._stream._bytes_remaining -= number
 
 
-class DjangoStream(AroundBody):
+class DjangoStream(LimitedStream):
     """What remains of Django's ``LimitedStream``, which keeps the inner stream's ``read`` only."""
 
     __slots__ = ()
-
-    @staticmethod
-    def declared(obj: Any) -> int | None:
-        """Return how many bytes *obj* says that remain at the most."""
-        return obj.limit - obj._pos  # type: ignore[no-any-return]
 
     @staticmethod
     def inner_of(obj: Any) -> Any | None:
@@ -164,10 +165,6 @@ class DjangoStream(AroundBody):
         inner = getattr(obj._read, "__self__", None)
         plain = methods_unchanged(obj, "read") and not obj.closed
         return inner if plain and obj._read == getattr(inner, "read", None) else None
-
-    def count(self, number: int) -> None:
-        """Count as ``read()`` does."""
-        self._stream._pos += number
 
 
 class DjangoRequest(AroundBody):

@@ -21,7 +21,7 @@ from conftest import (
     some_bytes,
 )
 from ends import GUARD, KiB, MiB, connection, is_waited_for, until
-from relayed import BIG, KINDS, Relayed, reset
+from relayed import BIG, KINDS, OwnRecv, Relayed, reset
 
 import gsplice
 from gsplice._ends.stream import unread
@@ -113,13 +113,6 @@ def test_a_reset_ends_both_directions(phase: str, side: str) -> None:
         # both sockets are the caller's still
         assert ours.fileno() >= 0
         ours.sendall(b"we are sorry")
-
-
-class OwnRecv(gevent.socket.socket):
-    """A socket that is used through its methods."""
-
-    def recv(self, *args: Any) -> bytes:
-        return super().recv(*args)
 
 
 def not_acknowledged(sock: Any) -> int:

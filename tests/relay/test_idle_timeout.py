@@ -18,7 +18,7 @@ from conftest import (
     some_bytes,
 )
 from ends import KiB, MiB, is_waited_for, until
-from relayed import Relayed, exchange, send_and_end
+from relayed import OwnRecv, Relayed, exchange, send_and_end
 
 import gsplice
 
@@ -115,13 +115,6 @@ def test_an_idle_timeout_that_makes_no_sense(unix: Any, idle_timeout: float) -> 
 def test_an_idle_timeout_without_end() -> None:
     with Relayed(idle_timeout=float("inf")) as relayed:
         exchange(relayed, b"forth", b"back")
-
-
-class OwnRecv(gevent.socket.socket):
-    """A socket that is used through its methods."""
-
-    def recv(self, *args: Any) -> bytes:
-        return super().recv(*args)
 
 
 def locals_of(frame: Any) -> Iterator[Any]:
