@@ -39,14 +39,17 @@ def pipe() -> Iterator[Pipe]:
     gsplice.pipes.release(found)
 
 
-def test_one_job_sends_several_pieces(
-    slow: SlowFS, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """While the thread waits for the next piece, those before have arrived."""
+@pytest.fixture
+def size(slow: SlowFS, name: str, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Make a file that one job sends in many pieces; return its size."""
     monkeypatch.setattr(from_disk, "COLD_PIECE", 16 * KiB)
     monkeypatch.setattr(from_disk, "LONG", GUARD)
-    size = 512 * KiB
-    file_of(slow.directory / name, size)
+    file_of(slow.directory / name, 512 * KiB)
+    return 512 * KiB
+
+
+def test_one_job_sends_several_pieces(slow: SlowFS, tmp_path: Path, name: str, size: int) -> None:
+    """While the thread waits for the next piece, those before have arrived."""
     with Ends(tmp_path) as ends, (slow.mount / name).open("rb") as src, counting() as grown:
         sock, peer = ends.connect("unix")
         slow.hold(name, beyond=128 * KiB)
@@ -67,13 +70,9 @@ def test_one_job_sends_several_pieces(
 
 
 def test_what_a_thread_has_sent_counts_when_its_greenlet_is_killed(
-    slow: SlowFS, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+    slow: SlowFS, tmp_path: Path, name: str, size: int
 ) -> None:
     """It is in the middle of a read then, and sends nothing of that."""
-    monkeypatch.setattr(from_disk, "COLD_PIECE", 16 * KiB)
-    monkeypatch.setattr(from_disk, "LONG", GUARD)
-    size = 512 * KiB
-    file_of(slow.directory / name, size)
     with Ends(tmp_path) as ends, (slow.mount / name).open("rb") as src, counting() as grown:
         sock, peer = ends.connect("unix")
         slow.hold(name, beyond=128 * KiB)
